@@ -1,0 +1,148 @@
+"""Command line and TOML file -> Config; a user's mistake -> one line and exit code 2."""
+
+import difflib
+import sys
+import tomllib
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from acn_scale.config import Config, Section, UserError
+
+USAGE = "usage: {program} --config FILE.toml [key.sub=value ...]"
+
+
+def exit_on_user_error(main: Callable[[], None]) -> None:
+    """Run `main`; a UserError becomes one line on standard error and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def config_from_args(args: Sequence[str], program: str) -> Config:
+    """The run that a command line asks for. Raises UserError for anything in it that is not valid."""
+    if "--help" in args or "-h" in args:
+        print(USAGE.format(program=program), help_text(), sep="\n\n")
+        sys.exit(0)
+    args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]  # a launcher's own
+    if len(args) < 2 or args[0] != "--config":
+        raise UserError(USAGE.format(program=program) + "; --help lists the keys")
+    return load_config(Path(args[1]), args[2:])
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, after the file that its `base` names, and apply overrides such as "optim.lr=3e-4"."""
+    values = _read(path)
+    base = values.pop("base", None)
+    if base is not None:
+        values = _merge(_read_base(path, base), values)
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key:
+            raise UserError(f"{override!r}: an override is key.sub=value")
+        values = _merge(values, _nested(key.split("."), _parse(text)))
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not TOML: {error}") from None
+
+
+def _read_base(path: Path, base: object) -> dict[str, Any]:
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base = {base!r}: must be the path of another TOML file, relative to this one")
+    values = _read(path.parent / base)
+    if "base" in values:
+        raise UserError(f"{path}: base = {base!r}: that file has a base of its own, and only one is followed")
+    return values
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare string, as in run.name=first_try
+
+
+def _nested(keys: list[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in new.items():
+        both_tables = isinstance(value, dict) and isinstance(old.get(key), dict)
+        merged[key] = _merge(old[key], value) if both_tables else value
+    return merged
+
+
+def _explain(error: ValidationError) -> str:
+    """The first mistake in one line: key, value, and what would be valid."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    if len(location) > 1 and location[0] in ("model", "data"):
+        del location[1]  # the tag pydantic puts in for a section that has kinds
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(key, [name for name, _ in _fields()], n=1, cutoff=0.5)
+        return f"{key}: no such key" + (f"; the nearest is {nearest[0]}" if nearest else "; --help lists all")
+    if first["type"] == "missing":
+        return f"{key}: missing; it has no default"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "union_tag_not_found":
+        return f"{key}: missing {first['ctx']['discriminator']}, which says what kind it is"
+    if not isinstance(first["input"], dict | BaseModel):
+        key = f"{key} = {first['input']!r}"
+    return (f"{key}: " if key else "") + message[0].lower() + message[1:]
+
+
+def help_text() -> str:
+    """Every key with its type, default and meaning, made from the schema."""
+    lines = []
+    for key, field in _fields():
+        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+        lines.append(f"  {key}  ({_type_name(field.annotation)}; {default})\n      {field.description}")
+    return (
+        "Keys (a TOML table per first part; the same key can stand under several kinds of model or data):\n"
+        + "\n".join(dict.fromkeys(lines))
+        + "\n\nDurations are a number and a unit: 90ep (epochs), 5000step (optimizer steps), 0.06run (of the whole run)."
+        + '\nA file may take over another one with base = "other.toml".'
+    )
+
+
+def _fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in section.model_fields.items():
+        options = [kind for kind in (field.annotation, *typing.get_args(field.annotation)) if _is_section(kind)]
+        for option in options:
+            yield from _fields(option, f"{prefix}{name}.")
+        if not options:
+            yield f"{prefix}{name}", field
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return " | ".join(map(str, typing.get_args(annotation)))
+    options = typing.get_args(annotation)
+    if options and typing.get_origin(annotation) is not list:
+        return " | ".join(_type_name(option) for option in options)
+    return getattr(annotation, "__name__", str(annotation)).replace("NoneType", "none")

@@ -1,0 +1,272 @@
+"""One frozen, strict model of a run. Every key, its meaning and its default stand here and nowhere else."""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, model_validator
+
+Pattern = Literal["feedforward", "residual", "acn", "acn_detached", "highway", "dense", "denseformer"]
+Init = Literal["xavier", "normal", "torch"]
+
+# Dosovitskiy et al. 2021, table 1; Ti and S from Touvron et al. 2021, table 1.
+VIT_SIZES = {
+    "Ti": {"dim": 192, "depth": 12, "num_heads": 3},
+    "S": {"dim": 384, "depth": 12, "num_heads": 6},
+    "B": {"dim": 768, "depth": 12, "num_heads": 12},
+    "L": {"dim": 1024, "depth": 24, "num_heads": 16},
+}
+
+
+class UserError(ValueError):
+    """A mistake of the user's: shown as one line without a traceback; the process exits with code 2."""
+
+
+def _duration(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?(ep|step|run)", text):
+        raise ValueError("a number and a unit: '90ep' (epochs), '5000step' or '0.06run' (share of the run)")
+    return text
+
+
+Duration = Annotated[str, AfterValidator(_duration)]
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Turns durations into optimizer steps: `steps` is the whole run's length."""
+
+    samples_per_epoch: int
+    global_batch_size: int
+    steps: int = 0
+
+    @classmethod
+    def of(cls, length: Duration, samples_per_epoch: int, global_batch_size: int) -> "Horizon":
+        """The horizon of a run of `length`. Raises UserError where that is less than one step."""
+        steps = cls(samples_per_epoch, global_batch_size).count(length)
+        if steps < 1:
+            raise UserError(f"train.length = {length}: less than one step; one epoch has {samples_per_epoch} samples")
+        return cls(samples_per_epoch, global_batch_size, steps)
+
+    def count(self, duration: Duration) -> int:
+        """Steps in `duration`, rounded to the nearest."""
+        number, unit = re.fullmatch(r"([\d.]+)(ep|step|run)", duration).groups()
+        steps_per_unit = {"ep": self.samples_per_epoch / self.global_batch_size, "step": 1, "run": self.steps}
+        return round(float(number) * steps_per_unit[unit])
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class RunConfig(Section):
+    name: str = Field(
+        pattern=r"^\w[\w.=-]*(/\w[\w.=-]*)*$", description="results go to <dir>/<name>; a name may hold slashes"
+    )
+    dir: str = Field("runs", description="folder of all runs")
+    seed: int = Field(0, ge=0, description="of the initial weights, the order of the data, and every random draw")
+
+
+class TrunkConfig(Section):
+    """What all models share: the blocks and how they are joined."""
+
+    connectivity: Pattern = Field(description="how the blocks are joined")
+    inner: Literal["auto"] | Pattern = Field(
+        "auto",
+        description="how a block's sublayers are joined; auto takes the field's usual partner: feedforward for acn, "
+        "a skip round each sublayer for residual and denseformer",
+    )
+    depth: int = Field(ge=1, description="number of blocks")
+    dim: int = Field(ge=1, description="width of the tokens")
+    dropout: float = Field(0.0, ge=0, lt=1, description="after embeddings and sublayers, and on attention weights")
+    init: Init = Field("xavier", description="scheme of the initial weights")
+    recompute: bool = Field(False, description="recompute each block's activations in the backward pass to save memory")
+
+
+class ImageModelConfig(TrunkConfig):
+    image_size: int = Field(ge=1, description="height and width of the input in pixels")
+    patch_size: int = Field(ge=1, description="height and width of a patch in pixels")
+    channels: int = Field(3, ge=1, description="channels of the input: 3 for colour, 1 for grey")
+    num_classes: int = Field(ge=2, description="number of classes")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> "ImageModelConfig":
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size = {self.patch_size} must divide image_size = {self.image_size}")
+        return self
+
+
+class ViTConfig(ImageModelConfig):
+    name: Literal["vit"]
+    size: Literal["Ti", "S", "B", "L"] | None = Field(
+        None, description="sets dim, depth and num_heads; each may still be given"
+    )
+    num_heads: int = Field(ge=1, description="attention heads; must divide dim")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP as a multiple of dim")
+    positions: Literal["learned", "sincos"] = Field("learned", description="position embedding")
+    pool: Literal["cls", "mean", "mean_all"] = Field(
+        "cls", description="class token, mean over patches, or mean over patches and class token (the authors' code)"
+    )
+    attention_norm: bool = Field(False, description="LayerNorm on the attention output (the ACN authors' ViT code)")
+    mlp_bypass: bool = Field(False, description="fixed identity round both MLP maps (the ACN authors' ViT code)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_size(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("size"), str):
+            return {**VIT_SIZES.get(values["size"], {}), **values}
+        return values
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> "ViTConfig":
+        return _check_heads(self)
+
+
+class MixerConfig(ImageModelConfig):
+    name: Literal["mixer"]
+    token_dim: int = Field(ge=1, description="hidden width of the token-mixing MLP")
+    channel_dim: int = Field(ge=1, description="hidden width of the channel MLP")
+    pool: Literal["cls", "mean"] = Field("mean", description="mean over patches, or a class token (the authors' code)")
+    wrapper: bool = Field(
+        False, description="wrap each block as LN(ReLU(Linear(block(x)) + x)), as the ACN authors' Mixer code does"
+    )
+
+
+class BertConfig(TrunkConfig):
+    name: Literal["bert"]
+    vocab_size: int = Field(ge=5, description="pieces of the tokenizer")
+    max_tokens: int = Field(128, ge=2, description="longest sequence: size of the position embedding")
+    num_heads: int = Field(ge=1, description="attention heads; must divide dim")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP as a multiple of dim")
+    norm: Literal["post", "pre"] = Field("post", description="LayerNorm after each sublayer's join (BERT) or before it")
+    num_classes: int = Field(0, ge=0, description="0: masked language model; n: classifier through BERT's pooler")
+    init: Init = Field("normal", description="scheme of the initial weights")
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> "BertConfig":
+        if self.norm == "post" and self.inner not in ("auto", "feedforward", "residual", "highway"):
+            raise ValueError(f"inner = {self.inner}: norm = 'post' takes feedforward, residual or highway")
+        return _check_heads(self)
+
+
+def _check_heads(model):
+    if model.dim % model.num_heads:
+        raise ValueError(f"num_heads = {model.num_heads} must divide dim = {model.dim}")
+    return model
+
+
+ModelConfig = Annotated[ViTConfig | MixerConfig | BertConfig, Discriminator("name")]
+
+
+class StreamConfig(Section):
+    """What all data share: where the shards are and in which order they are read."""
+
+    train: str = Field(description="folder of training shards with their index.json")
+    eval: str = Field(description="folder of evaluation shards with their index.json")
+    streams: int = Field(
+        64, ge=1, description="canonical streams the data are split into; ranks that divide it read shards of their own"
+    )
+    shuffle_window: int = Field(16384, ge=1, description="samples of a stream that are shuffled together")
+    workers: int = Field(0, ge=0, description="loader processes of each rank; 0 loads in the training process")
+
+
+class ImageDataConfig(StreamConfig):
+    kind: Literal["images"]
+    augment: Literal["none", "crop_flip", "randaugment", "cifar"] = Field(
+        "none",
+        description="none; RandomResizedCrop and flip; the same with RandAugment(2, 10); "
+        "padded RandomCrop and AutoAugment's CIFAR-10 policy",
+    )
+    mixup: float = Field(0.0, ge=0, description="alpha of Mixup's beta distribution; 0 turns it off")
+    cutmix: float = Field(0.0, ge=0, le=1, description="probability of CutMix")
+    mean: list[float] | None = Field(None, description="per channel, of pixels in 0..1; default: from index.json")
+    std: list[float] | None = Field(None, description="per channel, of pixels in 0..1; default: from index.json")
+
+    @property
+    def group(self) -> int:
+        """Neighbours in the order of the data that stay together on one rank: the pairs that Mixup and CutMix mix."""
+        return 2 if self.mixup > 0 or self.cutmix > 0 else 1
+
+
+class TextDataConfig(StreamConfig):
+    kind: Literal["text"]
+    mask_ratio: float = Field(0.15, gt=0, lt=1, description="share of the tokens to predict")
+    group: ClassVar[int] = 1
+
+
+DataConfig = Annotated[ImageDataConfig | TextDataConfig, Discriminator("kind")]
+
+
+class OptimConfig(Section):
+    """AdamW, without weight decay on biases and norms."""
+
+    lr: float = Field(gt=0, description="peak learning rate")
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="decay of the two moments")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled: each step shrinks a weight by lr * weight_decay")
+    schedule: Literal["cosine", "linear", "wsd"] = Field(
+        "cosine", description="after the warm-up; wsd: constant, then a linear decay"
+    )
+    warmup: Duration = Field("0step", description="linear warm-up from 0")
+    decay: Duration = Field("0.2run", description="length of the final linear decay (wsd only)")
+    final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end as a share of the peak")
+
+
+class TrainConfig(Section):
+    length: Duration = Field(description="length of the run")
+    global_batch_size: int = Field(ge=1, description="samples of one optimizer step over all ranks")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="samples of one forward pass on one rank; default: the rank's whole share"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of weights and activations in the passes")
+    zero_stage: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage")
+    clip_norm: float = Field(0.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    max_skipped_steps: int = Field(20, ge=1, description="skipped updates in a row that end the run")
+    log_every: Duration = Field("50step", description="between two lines of training metrics")
+
+
+class EvalConfig(Section):
+    every: Duration = Field("1ep", description="between two evaluations; one is always made at the end")
+    batch_size: int = Field(256, ge=1, description="samples of one evaluation pass on one rank")
+    tolerance: float = Field(0.5, ge=0, description="points of accuracy the cut-off depth may lose")
+
+
+class CheckpointConfig(Section):
+    every: Duration = Field("1ep", description="between two checkpoints; one is always made at the end")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _data_fit_model(self) -> "Config":
+        kind = "text" if self.model.name == "bert" else "images"
+        if self.data.kind != kind:
+            raise ValueError(f"data.kind = {self.data.kind}: model.name = {self.model.name} takes {kind}")
+        return self
+
+    def micro_batch_size(self, world_size: int) -> int:
+        """Samples of one forward pass on one rank. Raises UserError where the numbers do not divide."""
+        total, group = self.train.global_batch_size, self.data.group
+        if total % (world_size * group):
+            raise UserError(
+                f"train.global_batch_size = {total}: must be a multiple of {world_size * group}"
+                f" ({world_size} ranks{', and pairs for Mixup or CutMix' if group > 1 else ''})"
+            )
+        share = total // world_size
+        micro = self.train.micro_batch_size or share
+        if share % micro or micro % group:
+            raise UserError(
+                f"train.micro_batch_size = {micro}: must divide a rank's share of {share} samples"
+                + (" and be even, since Mixup and CutMix mix pairs" if group > 1 else "")
+            )
+        return micro

@@ -1,0 +1,87 @@
+"""How much of its depth a network uses: scores at every depth, the cut-off, what is saved there."""
+
+from dataclasses import dataclass
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from acn_scale import distributed
+from acn_scale.config import BertConfig, ModelConfig
+from acn_scale.data.stream import Evaluation
+from acn_scale.models import build_model
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, evaluation: Evaluation, device: torch.device) -> dict[str, list[float]]:
+    """The mean of each of the model's scores at depth 0, 1, ..., over the samples of all ranks, in one pass.
+
+    Each sample counts once, whatever the number of ranks and the batch size. Call it on every rank.
+    """
+    was_training = model.training
+    model.eval()
+    sums: dict[str, torch.Tensor] = {}
+    total = 0
+    for batch, count in evaluation:
+        batch = {name: values.to(device) for name, values in batch.items()}
+        total += count
+        for depth, output in enumerate(model.readouts(**batch)):
+            for name, values in model.score(output, **batch).items():
+                if name not in sums:
+                    sums[name] = torch.zeros(len(model.trunk.blocks) + 1, dtype=torch.float64, device=device)
+                sums[name][depth] += values[:count].double().sum()
+    model.train(was_training)
+    total = distributed.sum_over_ranks(torch.tensor(float(total), dtype=torch.float64, device=device))
+    return {name: (distributed.sum_over_ranks(values) / total).tolist() for name, values in sums.items()}
+
+
+def cutoff(accuracy: list[float], tolerance: float) -> int:
+    """The smallest depth whose accuracy (0..1) is within `tolerance` points (of 100) of full depth's."""
+    lowest = accuracy[-1] - tolerance / 100 - 1e-9  # rounding must not decide
+    return next(depth for depth, value in enumerate(accuracy) if value >= lowest)
+
+
+@dataclass(frozen=True)
+class Cost:
+    parameters: int
+    flops: int  # of the forward pass of one sample, a multiply-add counted as two
+
+
+def cost(cfg: ModelConfig, depth: int) -> Cost:
+    """Of the model cut at `depth`, counted without building it."""
+    with torch.device("meta"):
+        model = build_model(cfg)
+        model.trunk.truncate(depth)
+        model.eval()
+        if isinstance(cfg, BertConfig):
+            tokens = torch.zeros(1, cfg.max_tokens, dtype=torch.long)
+            batch = {"tokens": tokens} if cfg.num_classes else {"tokens": tokens, "masked": tokens[:, :1]}
+        else:
+            batch = {"images": torch.zeros(1, cfg.channels, cfg.image_size, cfg.image_size)}
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(**batch)
+    return Cost(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops())
+
+
+def tokens_per_sample(cfg: ModelConfig) -> int:
+    """Tokens that the trunk sees of one sample."""
+    if isinstance(cfg, BertConfig):
+        return cfg.max_tokens
+    return (cfg.image_size // cfg.patch_size) ** 2 + (cfg.pool != "mean")
+
+
+def depth_figure(curves: dict[str, list[float]], tolerance: float) -> Figure:
+    """Accuracy over depth, a curve for each name, with its cut-off marked."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, accuracy in curves.items():
+        cut = cutoff(accuracy, tolerance)
+        (line,) = axes.plot([100 * value for value in accuracy], marker="o", label=f"{name} (cut-off {cut})")
+        axes.plot(cut, 100 * accuracy[cut], marker="o", markersize=12, fillstyle="none", color=line.get_color())
+    axes.set_xlabel("depth (blocks)")
+    axes.set_ylabel("accuracy (%)")
+    axes.set_title(f"Readout at every depth; rings: cut-off within {tolerance} points")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure

@@ -1,0 +1,100 @@
+"""Our config -> DeepSpeed config -> engine; one optimizer step; gradient norms that are right at every ZeRO stage."""
+
+import logging
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from acn_scale.config import Config
+from acn_scale.optim import build_optimizer
+
+
+def deepspeed_config(cfg: Config, world_size: int) -> dict[str, Any]:
+    """Everything DeepSpeed is told. What it would otherwise choose by itself (clipping at 1.0) is written out."""
+    micro_batch_size = cfg.micro_batch_size(world_size)
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": cfg.train.global_batch_size // (micro_batch_size * world_size),
+        "gradient_clipping": cfg.train.clip_norm,
+        "zero_optimization": {"stage": cfg.train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": cfg.train.precision == "bf16"},
+        "fp16": {"enabled": cfg.train.precision == "fp16"},
+        "steps_per_print": 10**12,
+        "wall_clock_breakdown": False,
+    }
+
+
+def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size: int) -> Any:
+    """A DeepSpeed engine round the model. Call it on every rank, inside the process group."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # or DeepSpeed warns at import that it had to guess
+    import deepspeed  # here: it takes seconds, which --help and error messages need not wait for
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says on a CPU that there is no CUDA
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's own calls
+    model = model.to(device)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=build_optimizer(model, cfg.optim), config=deepspeed_config(cfg, world_size)
+    )
+    return engine
+
+
+@dataclass
+class Step:
+    """What one optimizer step gave on this rank."""
+
+    loss: Tensor  # mean over this rank's micro batches
+    applied: bool  # False where DeepSpeed skipped the update for a non-finite gradient
+    waited: float  # seconds spent on waiting for data
+    gradient_norms: dict[str, float] | None  # of the global batch; None where not asked for
+
+
+def train_step(engine: Any, stream: Iterator[dict[str, Tensor]], lr: float, *, measure_gradients: bool) -> Step:
+    """Take a global batch from the stream and make one update with learning rate `lr`."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    micro_steps = engine.gradient_accumulation_steps()
+    losses, waited, norms = [], 0.0, None
+    for micro_step in range(micro_steps):
+        start = time.perf_counter()
+        batch = {name: values.to(engine.device, non_blocking=True) for name, values in next(stream).items()}
+        waited += time.perf_counter() - start
+        loss = engine(**batch)["loss"]
+        engine.backward(loss)
+        losses.append(loss.detach())
+        if measure_gradients and micro_step == micro_steps - 1:
+            norms = gradient_norms(engine)
+        engine.step()
+    return Step(torch.stack(losses).float().mean(), engine.was_step_applied(), waited, norms)
+
+
+def gradient_norms(engine: Any) -> dict[str, float]:
+    """L2 norm of the whole gradient before clipping, "all", and of its parts: "embed", "block_01", ..., "head".
+
+    A join counts to the block below it. Call it on every rank, after the last backward pass of a step and before the
+    update: full gradients are put together from all ranks.
+    """
+    from deepspeed.utils import safe_get_full_grad
+
+    squares: dict[str, float] = {}
+    scale = engine.loss_scale() if engine.fp16_enabled() else 1.0
+    for name, parameter in engine.module.named_parameters():
+        gradient = safe_get_full_grad(parameter)
+        if gradient is not None:
+            part = _part(name)
+            squares[part] = squares.get(part, 0.0) + (gradient.double() / scale).square().sum().item()
+    return {"all": sum(squares.values()) ** 0.5} | {part: square**0.5 for part, square in squares.items()}
+
+
+def _part(name: str) -> str:
+    """trunk.blocks.0.norm.weight -> block_01; head.linear.bias -> head."""
+    match = re.match(r"trunk\.(?:blocks|joins)\.(\d+)\.", name)
+    return f"block_{int(match[1]) + 1:02d}" if match else name.split(".")[0]

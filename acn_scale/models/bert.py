@@ -1,0 +1,131 @@
+"""AC-BERT and its residual twin: embeddings -> trunk -> masked-language-model head or classifier."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acn_scale.config import BertConfig
+from acn_scale.models.connectivity import Trunk, patterns
+from acn_scale.models.layers import MLP, Attention, initialize, post_norm_block, pre_norm_block
+
+EPS = 1e-12  # of LayerNorm, as in BERT
+
+
+class BertEmbed(nn.Module):
+    """Sum of token, position and segment embeddings, LayerNorm, dropout."""
+
+    def __init__(self, cfg: BertConfig) -> None:
+        super().__init__()
+        self.max_tokens = cfg.max_tokens
+        self.token = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.position = nn.Embedding(cfg.max_tokens, cfg.dim)
+        self.segment = nn.Embedding(2, cfg.dim)
+        self.norm = nn.LayerNorm(cfg.dim, eps=EPS)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
+        """tokens, segments: (batch, tokens), segments 0 or 1 and all 0 if left out -> (batch, tokens, dim).
+
+        Raises ValueError for sequences longer than max_tokens.
+        """
+        length = tokens.shape[1]
+        if length > self.max_tokens:
+            raise ValueError(f"sequences of {length} tokens: the model takes at most {self.max_tokens}")
+        positions = torch.arange(length, device=tokens.device)
+        segments = torch.zeros_like(tokens) if segments is None else segments
+        x = self.token(tokens) + self.position(positions) + self.segment(segments)
+        return self.dropout(self.norm(x))
+
+
+class MaskedLanguageHead(nn.Module):
+    """dense -> GELU -> LayerNorm -> decoder tied to the token embedding, at the masked positions only."""
+
+    def __init__(self, cfg: BertConfig) -> None:
+        super().__init__()
+        self.final_norm = nn.LayerNorm(cfg.dim, eps=EPS) if cfg.norm == "pre" else nn.Identity()
+        self.dense = nn.Linear(cfg.dim, cfg.dim)
+        self.norm = nn.LayerNorm(cfg.dim, eps=EPS)
+        self.decoder = nn.Linear(cfg.dim, cfg.vocab_size)
+
+    def forward(self, x: Tensor, masked: Tensor) -> Tensor:
+        """x: (batch, tokens, dim), masked: (batch, masked) positions -> logits (batch, masked, vocab_size)."""
+        x = x.gather(1, masked[..., None].expand(-1, -1, x.shape[-1]))
+        return self.decoder(self.norm(F.gelu(self.dense(self.final_norm(x)))))
+
+
+class ClassificationHead(nn.Module):
+    """BERT's pooler on [CLS] (dense, tanh), dropout and a linear map."""
+
+    def __init__(self, cfg: BertConfig) -> None:
+        super().__init__()
+        self.final_norm = nn.LayerNorm(cfg.dim, eps=EPS) if cfg.norm == "pre" else nn.Identity()
+        self.pooler = nn.Linear(cfg.dim, cfg.dim)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.linear = nn.Linear(cfg.dim, cfg.num_classes)
+
+    def forward(self, x: Tensor, masked: None = None) -> Tensor:
+        """x: (batch, tokens, dim) -> logits (batch, num_classes)."""
+        return self.linear(self.dropout(self.pooler(self.final_norm(x[:, 0])).tanh()))
+
+
+class Bert(nn.Module):
+    """BERT (Devlin et al. 2019): post-LN, or pre-LN with a LayerNorm on the readout.
+
+    In the post-LN ACN a LayerNorm follows each sublayer, on the branch alone, and none stands on the sum; x_0 is the
+    normed embedding. Unlike the authors' code, whose AC-BERT decoder is in effect untied, both twins tie it.
+    """
+
+    def __init__(self, cfg: BertConfig) -> None:
+        super().__init__()
+        between, inner = patterns(cfg.connectivity, cfg.inner)
+        build_block = post_norm_block if cfg.norm == "post" else pre_norm_block
+
+        def block() -> nn.Module:
+            ops = [Attention(cfg.dim, cfg.num_heads, dropout=cfg.dropout), MLP(cfg.dim, round(cfg.mlp_ratio * cfg.dim))]
+            return build_block(ops, inner, cfg.dim, dropout=cfg.dropout, eps=EPS)
+
+        self.embed = BertEmbed(cfg)
+        self.trunk = Trunk([block() for _ in range(cfg.depth)], between, cfg.dim, recompute=cfg.recompute)
+        self.head = ClassificationHead(cfg) if cfg.num_classes else MaskedLanguageHead(cfg)
+        initialize(self, cfg.init)
+        if not cfg.num_classes:
+            self.head.decoder.weight = self.embed.token.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        masked: Tensor | None = None,
+        labels: Tensor | None = None,
+        segments: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """tokens, segments, mask: (batch, tokens), mask False at padding; masked: (batch, masked) positions to predict.
+
+        labels: (batch, masked) token ids, or (batch,) classes for a classifier, which takes no `masked`. Returns
+        "logits" (batch, masked, vocab_size) or (batch, num_classes) and, with labels, "loss", the mean cross-entropy.
+        """
+        logits = self.head(self.trunk(self.embed(tokens, segments), mask), masked)
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())}
+
+    def readouts(
+        self,
+        tokens: Tensor,
+        masked: Tensor | None = None,
+        labels: Tensor | None = None,
+        segments: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Iterator[Tensor]:
+        """The same -> logits as in forward() at each depth 0, 1, ..., in one pass."""
+        for x in self.trunk.readouts(self.embed(tokens, segments), mask):
+            yield self.head(x, masked)
+
+    def score(self, logits: Tensor, labels: Tensor, **_: Tensor) -> dict[str, Tensor]:
+        """logits: (batch, [masked,] classes), labels: (batch, [masked]) -> "loss", "accuracy" of each sample: (batch,)."""
+        batch, classes = len(labels), logits.shape[-1]
+        loss = F.cross_entropy(logits.float().view(-1, classes), labels.flatten(), reduction="none")
+        correct = (logits.argmax(dim=-1) == labels).float()
+        return {"loss": loss.view(batch, -1).mean(dim=1), "accuracy": correct.view(batch, -1).mean(dim=1)}

@@ -1,0 +1,49 @@
+"""AC-Mixer and its residual twin: patches -> trunk -> LayerNorm -> pool -> classifier."""
+
+from torch import Tensor, nn
+
+from acn_scale.config import MixerConfig
+from acn_scale.models.classifier import Classifier
+from acn_scale.models.connectivity import Trunk, patterns
+from acn_scale.models.layers import EPS, MLP, PatchEmbed, TokenMixing, Wrapper, initialize, pre_norm_block
+
+
+class MixerHead(nn.Module):
+    """LayerNorm, pooling and a linear map: the one head that every depth shares."""
+
+    def __init__(self, cfg: MixerConfig) -> None:
+        super().__init__()
+        self.pool = cfg.pool
+        self.norm = nn.LayerNorm(cfg.dim, eps=EPS)
+        self.linear = nn.Linear(cfg.dim, cfg.num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, tokens, dim) -> logits (batch, num_classes)."""
+        x = self.norm(x)
+        return self.linear(x[:, 0] if self.pool == "cls" else x.mean(dim=1))
+
+
+class Mixer(Classifier):
+    """MLP-Mixer (Tolstikhin et al. 2021); with a class token and the wrapper, the ACN authors' Mixer."""
+
+    def __init__(self, cfg: MixerConfig) -> None:
+        super().__init__(cfg.label_smoothing)
+        between, inner = patterns(cfg.connectivity, cfg.inner)
+        self.embed = PatchEmbed(
+            image_size=cfg.image_size,
+            patch_size=cfg.patch_size,
+            channels=cfg.channels,
+            dim=cfg.dim,
+            class_token=cfg.pool == "cls",
+            positions=None,
+            dropout=cfg.dropout,
+        )
+
+        def block() -> nn.Module:
+            ops = [TokenMixing(self.embed.num_tokens, cfg.token_dim), MLP(cfg.dim, cfg.channel_dim)]
+            mixing = pre_norm_block(ops, inner, cfg.dim, dropout=cfg.dropout)
+            return Wrapper(mixing, cfg.dim) if cfg.wrapper else mixing
+
+        self.trunk = Trunk([block() for _ in range(cfg.depth)], between, cfg.dim, recompute=cfg.recompute)
+        self.head = MixerHead(cfg)
+        initialize(self, cfg.init)

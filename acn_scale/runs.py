@@ -1,0 +1,110 @@
+"""The folder of a run: which config made it, in which environment, and what it measured."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from acn_scale.config import Config, UserError
+
+PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "sentencepiece", "numpy", "pydantic")
+
+
+def run_folder(cfg: Config) -> Path:
+    return Path(cfg.run.dir) / cfg.run.name
+
+
+def check_run_folder(cfg: Config) -> None:
+    """Raises UserError for a folder that another config made: its checkpoints and metrics would not fit this run."""
+    path = run_folder(cfg) / "config.json"
+    if not path.exists():
+        return
+    old = _flat(read_json(path))
+    new = _flat(cfg.model_dump(mode="json"))
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"{path}: {key} = {old.get(key)!r} there, {new.get(key)!r} now"
+            + (f", and {len(changed) - 1} more keys differ" if len(changed) > 1 else "")
+            + "; give this run another run.name, or remove that folder"
+        )
+
+
+def open_run_folder(cfg: Config, world_size: int) -> Path:
+    """Make the folder and write down what makes the run: config.json and, for each start, environment.json."""
+    folder = run_folder(cfg)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", cfg.model_dump(mode="json"))
+        write_json(folder / "environment.json", environment() | {"world_size": world_size})
+    except OSError as error:
+        raise UserError(f"run.dir = {cfg.run.dir}: {folder}: {error.strerror}") from None
+    return folder
+
+
+def environment() -> dict[str, Any]:
+    """What a result may depend on besides its config."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    return {
+        "command": sys.argv,
+        "git_commit": git.stdout.strip() or None,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl. Raises UserError where there are none."""
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; is {folder} a run?") from None
+    return [json.loads(line) for line in lines]
+
+
+def read_config(folder: Path) -> Config:
+    """The config that made the run. Raises UserError where the folder holds none."""
+    values = read_json(folder / "config.json")
+    try:
+        return Config.model_validate(values)
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: not a config of this version: {error.errors()[0]['loc']}") from None
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError for a file that is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a whole file or none."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
