@@ -121,7 +121,7 @@ def help_text() -> str:
     return (
         "Keys (a TOML table per first part; the same key can stand under several kinds of model or data):\n"
         + "\n".join(dict.fromkeys(lines))
-        + "\n\nDurations are a number and a unit: 90ep (epochs), 5000step (optimizer steps), 0.06run (of the whole run)."
+        + "\n\nDurations are a number and a unit: 90ep (epochs), 5000step (optimizer steps), 0.06run (of the run)."
         + '\nA file may take over another one with base = "other.toml".'
     )
 

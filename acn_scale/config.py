@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, model_validator
 
 Pattern = Literal["feedforward", "residual", "acn", "acn_detached", "highway", "dense", "denseformer"]
 Init = Literal["xavier", "normal", "torch"]
@@ -55,7 +55,7 @@ class Horizon:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -180,7 +180,9 @@ class ImageDataConfig(StreamConfig):
     mixup: float = Field(0.0, ge=0, description="alpha of Mixup's beta distribution; 0 turns it off")
     cutmix: float = Field(0.0, ge=0, le=1, description="probability of CutMix")
     mean: list[float] | None = Field(None, description="per channel, of pixels in 0..1; default: from index.json")
-    std: list[float] | None = Field(None, description="per channel, of pixels in 0..1; default: from index.json")
+    std: list[PositiveFloat] | None = Field(
+        None, description="per channel, of pixels in 0..1; default: from index.json"
+    )
 
     @property
     def group(self) -> int:
@@ -252,6 +254,10 @@ class Config(Section):
         kind = "text" if self.model.name == "bert" else "images"
         if self.data.kind != kind:
             raise ValueError(f"data.kind = {self.data.kind}: model.name = {self.model.name} takes {kind}")
+        for key in ("mean", "std") if kind == "images" else ():
+            values = getattr(self.data, key)
+            if values is not None and len(values) != self.model.channels:
+                raise ValueError(f"data.{key} = {values}: model.channels = {self.model.channels} takes as many numbers")
         return self
 
     def micro_batch_size(self, world_size: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acn_scale.config import Config
+from acn_scale.config import Config, UserError
 from acn_scale.optim import build_optimizer
 
 
@@ -33,10 +33,15 @@ def deepspeed_config(cfg: Config, world_size: int) -> dict[str, Any]:
 
 
 def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size: int) -> Any:
-    """A DeepSpeed engine round the model. Call it on every rank, inside the process group."""
+    """A DeepSpeed engine round the model. Call it on every rank, inside the process group.
+
+    Raises UserError for a precision that the device cannot do.
+    """
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # or DeepSpeed warns at import that it had to guess
     import deepspeed  # here: it takes seconds, which --help and error messages need not wait for
 
+    if cfg.train.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+        raise UserError(f"train.precision = fp16: not supported on this {device.type}; fp32 and bf16 are")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says on a CPU that there is no CUDA
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's own calls

@@ -30,6 +30,7 @@ def setup_logging(folder: Path, rank: int) -> None:
     line = logging.Formatter(f"%(asctime)s %(levelname)s {f'rank {rank} ' if rank else ''}%(message)s", "%H:%M:%S")
     logger = logging.getLogger("acn_scale")
     logger.setLevel(level)
+    logger.handlers.clear()
     for handler in (ConsoleHandler(), logging.FileHandler(folder / "train.log")):
         handler.setFormatter(line)
         logger.addHandler(handler)

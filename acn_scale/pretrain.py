@@ -37,7 +37,7 @@ def train(cfg: Config, device: torch.device) -> None:
     horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
     torch.manual_seed(cfg.run.seed)  # the same initial weights on every rank
     model = build_model(cfg.model)
-    folder = open_run_folder(cfg, world_size)
+    folder = open_run_folder(cfg)
     setup_logging(folder, rank)
     log.info("%s", describe(cfg, model, horizon, world_size))
     engine = build_engine(model, cfg, device, world_size)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from acn_scale import distributed
 from acn_scale.config import Config, UserError
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "sentencepiece", "numpy", "pydantic")
@@ -36,13 +37,14 @@ def check_run_folder(cfg: Config) -> None:
         )
 
 
-def open_run_folder(cfg: Config, world_size: int) -> Path:
-    """Make the folder and write down what makes the run: config.json and, for each start, environment.json."""
+def open_run_folder(cfg: Config) -> Path:
+    """Make the folder; rank 0 writes down what makes the run: config.json, and environment.json of its last start."""
     folder = run_folder(cfg)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", cfg.model_dump(mode="json"))
-        write_json(folder / "environment.json", environment() | {"world_size": world_size})
+        if distributed.rank() == 0:
+            write_json(folder / "config.json", cfg.model_dump(mode="json"))
+            write_json(folder / "environment.json", environment() | {"world_size": distributed.world_size()})
     except OSError as error:
         raise UserError(f"run.dir = {cfg.run.dir}: {folder}: {error.strerror}") from None
     return folder

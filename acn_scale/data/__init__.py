@@ -1,8 +1,6 @@
 """The training stream and the evaluation pass that a config asks for."""
 
-from typing import Any
-
-from acn_scale.config import Config, ImageDataConfig, UserError
+from acn_scale.config import Config, ImageDataConfig
 from acn_scale.data.images import ImageDecoder
 from acn_scale.data.shards import Order, ShardIndex
 from acn_scale.data.stream import Decoder, Evaluation, Samples, Stream
@@ -47,8 +45,5 @@ def _decoder(cfg: Config, index: ShardIndex, train: ShardIndex, *, training: boo
 
 def _probed(samples: Samples) -> Samples:
     """Read one sample now: what does not fit shows before anything is written."""
-    try:
-        samples.__getitems__([0])
-    except UserError as error:
-        raise UserError(f"{samples.index.folder}: {error}") from None
+    samples.__getitems__([0])
     return samples

@@ -1,10 +1,13 @@
 """Encoded images -> normalised tensors, augmented for training, Mixup and CutMix included."""
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from acn_scale.config import ImageDataConfig, ImageModelConfig, UserError
@@ -31,11 +34,11 @@ class ImageDecoder:
         if len(classes) > model.num_classes:
             raise UserError(f"model.num_classes = {model.num_classes}: {index.folder} has {len(classes)} classes")
         self.cfg, self.model, self.training = cfg, model, training
-        self.mode = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}[model.channels]
-        mean, std = cfg.mean or stats["mean"], cfg.std or stats["std"]
-        self.transform = v2.Compose([*self._geometry(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+        self.mode = {1: "L", 3: "RGB"}[model.channels]
+        self.mean, self.std = cfg.mean or stats["mean"], cfg.std or stats["std"]
+        self.transforms = self._transforms()
 
-    def _geometry(self) -> list[v2.Transform]:
+    def _transforms(self) -> list[v2.Transform]:
         size = self.model.image_size
         crops = self.cfg.augment in ("crop_flip", "randaugment")
         if not self.training:
@@ -49,21 +52,34 @@ class ImageDecoder:
         }[self.cfg.augment]
 
     def decode(self, files: dict[str, memoryview], row: int, key: Key) -> tuple[Tensor, int]:
-        """(image (channels, height, width), class). Raises UserError for an image of another size than the model's."""
-        encoded = next(files[name] for name in ENCODINGS if name in files)
-        image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode=self.mode)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key.generator().integers(2**63))
-            image = self.transform(image)
+        """(image (channels, height, width) uint8, class). Raises UserError for what the model cannot take."""
+        image = self._image(files)
+        if self.transforms:
+            with _drawn_from(key):
+                image = v2.Compose(self.transforms)(image)
         size = self.model.image_size
         if image.shape[1:] != (size, size):
             height, width = image.shape[1:]
             raise UserError(f"an image of {height} x {width} pixels: model.image_size = {size}, and nothing crops it")
-        return image, int(bytes(files["cls"]))
+        label = bytes(files.get("cls", b""))
+        if not label.isdigit() or int(label) >= self.model.num_classes:
+            raise UserError(f"label {label!r}: must be a class 0 to {self.model.num_classes - 1}")
+        return image, int(label)
+
+    def _image(self, files: dict[str, memoryview]) -> Tensor:
+        encoded = next((files[name] for name in ENCODINGS if name in files), None)
+        if encoded is None:
+            raise UserError(f"no image: has {', '.join(files)} and none of {', '.join(ENCODINGS)}")
+        try:
+            image = Image.open(io.BytesIO(encoded)).convert(self.mode)
+        except (OSError, ValueError) as error:
+            raise UserError(f"an image that cannot be decoded: {error}") from None
+        return v2.functional.pil_to_tensor(image)
 
     def collate(self, samples: list[tuple[Tensor, int]], keys: list[Key]) -> Batch:
         """ "images" (batch, channels, height, width) and "labels": (batch,), or (batch, num_classes) where mixed."""
-        images = torch.stack([image for image, _ in samples])
+        images = v2.functional.to_dtype(torch.stack([image for image, _ in samples]), torch.float32, scale=True)
+        images = v2.functional.normalize(images, self.mean, self.std)
         labels = torch.tensor([label for _, label in samples])
         if not self.training or self.cfg.group == 1:
             return {"images": images, "labels": labels}
@@ -74,10 +90,17 @@ class ImageDecoder:
     def _mix(self, images: Tensor, labels: Tensor, key: Key) -> tuple[Tensor, Tensor]:
         """Mix a pair: CutMix (Yun et al. 2019) with its probability, else Mixup (Zhang et al. 2018) where it is on."""
         classes = self.model.num_classes
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key.generator().integers(2**62))
+        with _drawn_from(key):
             if torch.rand(()) < self.cfg.cutmix:
                 return v2.CutMix(alpha=1.0, num_classes=classes)(images, labels)
             if self.cfg.mixup > 0:
                 return v2.MixUp(alpha=self.cfg.mixup, num_classes=classes)(images, labels)
         return images, torch.nn.functional.one_hot(labels, classes).to(images.dtype)
+
+
+@contextmanager
+def _drawn_from(key: Key) -> Iterator[None]:
+    """Torch's generator, which torchvision draws from, gives what the sample's key says; afterwards it is as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(key.generator().integers(2**63)))
+        yield

@@ -56,7 +56,7 @@ def train_source_tokenizer(source: str, vocab_size: int, folder: Path) -> Path:
 def make_text_shards(
     source: str, split: str, tokenizer_folder: Path, folder: Path, *, tokens: int, shard_size: int
 ) -> ShardIndex:
-    """Write packed sequences of `tokens` ids as .npy records. The index holds the loss of guessing by piece frequency."""
+    """Write packed sequences of `tokens` ids as .npy records. The index holds the loss of guessing by frequency."""
     tokenizer = load_tokenizer(tokenizer_folder)
     train = list(pack(_documents(source, "train"), tokenizer, tokens))
     sequences = train if split == "train" else list(pack(_documents(source, split), tokenizer, tokens))

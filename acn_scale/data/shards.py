@@ -122,22 +122,24 @@ class ShardReader:
         self.index = index
         self._open = functools.lru_cache(maxsize=open_shards)(self._scan)
 
+    def path(self, shard: int) -> Path:
+        return self.index.folder / self.index.shards[shard].name
+
     def read(self, shard: int, record: int) -> dict[str, memoryview]:
         """The files of a record by extension. Raises UserError for a shard that does not hold what its index says."""
-        name = self.index.folder / self.index.shards[shard].name
         try:
             buffer, records = self._open(shard)
             files = records[record]
         except (OSError, tarfile.TarError, ValueError) as error:
-            raise UserError(f"{name}: not a readable tar: {error}") from None
+            raise UserError(f"not a readable tar: {error}") from None
         except IndexError:
-            raise UserError(f"{name}: holds {len(records)} records, fewer than {INDEX_NAME} says") from None
+            raise UserError(f"the shard holds {len(records)} records, fewer than {INDEX_NAME} says") from None
         return {extension: buffer[start : start + size] for extension, (start, size) in files.items()}
 
     def _scan(self, shard: int) -> tuple[memoryview, list[dict[str, tuple[int, int]]]]:
         """The shard's bytes, mapped, and where the files of each record lie in them."""
         records: dict[str, dict[str, tuple[int, int]]] = {}
-        with open(self.index.folder / self.index.shards[shard].name, "rb") as file:
+        with open(self.path(shard), "rb") as file:
             buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:

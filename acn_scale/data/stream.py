@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -52,7 +53,10 @@ class Samples(Dataset):
             record, row = divmod(number, self.rows)
             first = int(self.ends[shard - 1]) if shard else 0
             keys.append(Key(self.seed, epoch, first + number))
-            samples.append(self.decoder.decode(self.reader.read(shard, record), row, keys[-1]))
+            try:
+                samples.append(self.decoder.decode(self.reader.read(shard, record), row, keys[-1]))
+            except UserError as error:
+                raise UserError(f"{self.reader.path(shard)}: sample {number}: {error}") from None
         return self.decoder.collate(samples, keys)
 
     def _on_disk(self, place: int) -> tuple[int, int]:
@@ -61,7 +65,10 @@ class Samples(Dataset):
 
 
 def _loader(samples: Samples, batches: Any, workers: int) -> DataLoader:
-    return DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=_as_is)
+    """The generator is the loader's own: it draws a number when it starts, which must not shift the model's dropout."""
+    return DataLoader(
+        samples, batch_sampler=batches, num_workers=workers, collate_fn=_as_is, generator=torch.Generator()
+    )
 
 
 def _as_is(batch: Batch) -> Batch:

@@ -124,7 +124,7 @@ class Bert(nn.Module):
             yield self.head(x, masked)
 
     def score(self, logits: Tensor, labels: Tensor, **_: Tensor) -> dict[str, Tensor]:
-        """logits: (batch, [masked,] classes), labels: (batch, [masked]) -> "loss", "accuracy" of each sample: (batch,)."""
+        """logits: (batch, [masked,] classes), labels: (batch, [masked]) -> "loss" and "accuracy": (batch,)."""
         batch, classes = len(labels), logits.shape[-1]
         loss = F.cross_entropy(logits.float().view(-1, classes), labels.flatten(), reduction="none")
         correct = (logits.argmax(dim=-1) == labels).float()

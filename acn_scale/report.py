@@ -1,0 +1,89 @@
+"""What runs have measured, side by side: tables in text, curves as pictures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from acn_scale.config import Config, TextDataConfig, UserError
+from acn_scale.data.shards import ShardIndex
+from acn_scale.depth import cost, cutoff, depth_figure
+from acn_scale.runs import read_config, read_metrics
+
+
+@dataclass(frozen=True)
+class Result:
+    """The last evaluation of a run; accuracies are shares (0..1) at depth 0, 1, ..."""
+
+    name: str
+    cfg: Config
+    step: int
+    loss: float
+    accuracy: list[float]
+
+
+def read_result(folder: Path) -> Result:
+    """Raises UserError for a folder that is no run, or one of a run that has not been evaluated yet."""
+    cfg = read_config(folder)
+    evaluations = [line for line in read_metrics(folder) if "eval/loss" in line]
+    if not evaluations:
+        raise UserError(f"{folder}: has no evaluation in its metrics.jsonl yet")
+    last = evaluations[-1]
+    accuracy = [last[f"eval/depth_{depth:02d}/accuracy"] for depth in range(cfg.model.depth + 1)]
+    return Result(folder.name, cfg, last["step"], last["eval/loss"], accuracy)
+
+
+def depth_report(folders: Sequence[Path], out: Path, tolerance: float) -> str:
+    """Compare runs: write out/depth_curve.png and return the tables, with paths to look at below them."""
+    results = [read_result(folder) for folder in folders]
+    out.mkdir(parents=True, exist_ok=True)
+    picture = out / "depth_curve.png"
+    curves = {result.name: result.accuracy for result in results}
+    depth_figure(curves, tolerance).savefig(picture, dpi=150)
+    parts = [_depth_table(results), _savings_table(results, tolerance), *filter(None, map(_unigram_line, results))]
+    parts.append(
+        "\n".join([f"Depth curve:  {picture}", *(f"TensorBoard:  {folder / 'tensorboard'}" for folder in folders)])
+    )
+    return "\n\n".join(parts)
+
+
+def _depth_table(results: Sequence[Result]) -> str:
+    deepest = max(len(result.accuracy) for result in results)
+    rows = [["accuracy (%) at depth", *map(str, range(deepest))]]
+    rows += [[result.name, *(f"{100 * value:.1f}" for value in result.accuracy)] for result in results]
+    return _aligned(rows)
+
+
+def _savings_table(results: Sequence[Result], tolerance: float) -> str:
+    rows = [[f"cut-off within {tolerance} points", "blocks", "accuracy (%)", "parameters", "saved", "FLOPs", "saved"]]
+    for result in results:
+        depth = cutoff(result.accuracy, tolerance)
+        full, cut = cost(result.cfg.model, result.cfg.model.depth), cost(result.cfg.model, depth)
+        rows.append(
+            [
+                result.name,
+                f"{depth} of {result.cfg.model.depth}",
+                f"{100 * result.accuracy[depth]:.1f} of {100 * result.accuracy[-1]:.1f}",
+                f"{cut.parameters:,}",
+                f"{1 - cut.parameters / full.parameters:.0%}",
+                f"{cut.flops / 1e6:,.1f} M",
+                f"{1 - cut.flops / full.flops:.0%}",
+            ]
+        )
+    return _aligned(rows)
+
+
+def _unigram_line(result: Result) -> str | None:
+    """For masked language models: the loss beside the one of guessing pieces by their frequency."""
+    if not isinstance(result.cfg.data, TextDataConfig):
+        return None
+    guess = ShardIndex.load(result.cfg.data.eval).info["unigram_loss"]
+    return f"{result.name}: masked-token loss {result.loss:.2f} nats, held out; by unigram frequency {guess:.2f}"
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(max(map(len, rows)))]
+    lines = []
+    for name, *cells in rows:
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=False))
+        lines.append("  ".join([name.ljust(widths[0]), *padded]))
+    return "\n".join(lines)

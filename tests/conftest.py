@@ -1,0 +1,63 @@
+"""What the tests share: ranks, and the configs and shards of tiny runs."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import Ranks
+
+from acn_scale.config import Config
+from acn_scale.data.make import make_image_shards
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[Ranks]:
+    ranks = Ranks(1)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with train and eval shards of real images: 1,400 in 28 uneven-sized shards, and 397."""
+    folder = tmp_path_factory.mktemp("digits")
+    make_image_shards("digits", "train", folder / "train", shard_size=51)
+    make_image_shards("digits", "eval", folder / "eval", shard_size=100)
+    return folder
+
+
+@pytest.fixture
+def vit(digits: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Builds the config of a tiny run on digits; keywords replace whole keys: vit(train={"zero_stage": 3})."""
+
+    def build(**sections: dict[str, Any]) -> Config:
+        values: dict[str, dict[str, Any]] = {
+            "run": {"name": "tiny", "dir": str(tmp_path / "runs")},
+            "model": {"name": "vit", "connectivity": "acn", "depth": 3, "dim": 16, "num_heads": 2, "image_size": 8}
+            | {"patch_size": 4, "channels": 1, "num_classes": 10},
+            "data": {"kind": "images", "train": f"{digits}/train", "eval": f"{digits}/eval", "streams": 4},
+            "optim": {"lr": 1e-3, "warmup": "5step"},
+            "train": {"length": "20step", "global_batch_size": 16, "clip_norm": 1.0, "log_every": "5step"},
+            "eval": {"every": "10step"},
+            "checkpoint": {"every": "5step"},
+        }
+        return Config.model_validate({name: values.get(name, {}) | sections.get(name, {}) for name in values})
+
+    return build
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

@@ -1,0 +1,76 @@
+"""Long-lived ranks for tests: real processes in a real gloo group, since starting DeepSpeed takes seconds."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+PATIENCE = 120  # seconds for one call
+GRACE = 5  # seconds for the others after one rank has failed: they may hang in a collective
+
+
+class Ranks:
+    """Call it with a function of a test module: it runs on every rank; the results come back in order of rank."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._start()
+
+    def _start(self) -> None:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = server.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, self.world_size, port))
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        answers, patience = [], PATIENCE
+        for pipe in self.pipes:
+            answers.append(pipe.recv() if pipe.poll(patience) else (False, "no answer"))
+            patience = patience if answers[-1][0] else GRACE
+        failures = [f"rank {rank}: {answer}" for rank, (ok, answer) in enumerate(answers) if not ok]
+        if failures:
+            self._kill()
+            self._start()
+            raise AssertionError("\n".join(failures))
+        return [answer for _, answer in answers]
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(timeout=GRACE)
+        self._kill()
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
+    from acn_scale.distributed import process_group
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with process_group():
+        while (call := pipe.recv()) is not None:
+            function, args = call
+            try:
+                pipe.send((True, function(*args)))
+            except Exception:
+                pipe.send((False, traceback.format_exc()))

@@ -1,0 +1,141 @@
+"""DeepSpeed at every ZeRO stage does what plain PyTorch does, on two real ranks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from acn_scale import distributed
+from acn_scale.config import Config, Horizon
+from acn_scale.data import build_evaluation, build_stream
+from acn_scale.depth import evaluate
+from acn_scale.engine import build_engine, deepspeed_config, gradient_norms, train_step
+from acn_scale.models import build_model
+from acn_scale.optim import build_optimizer, learning_rate
+
+STEPS = 20
+
+
+def plain_run(cfg: Config) -> tuple[list[float], list[dict[str, float]]]:
+    """The losses and gradient norms of one process with PyTorch alone: the oracle."""
+    torch.manual_seed(cfg.run.seed)
+    model = build_model(cfg.model)
+    optimizer = build_optimizer(model, cfg.optim)
+    stream = build_stream(cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch_size": None})}))
+    horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
+    losses, norms = [], []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg.optim, horizon, step)
+        loss = model(**next(stream))["loss"]
+        loss.backward()
+        blocks = [[*block.parameters(), *join.parameters()] for block, join in _with_joins(model)]
+        parts = {"embed": model.embed.parameters(), "head": model.head.parameters(), "all": model.parameters()}
+        parts |= {f"block_{index + 1:02d}": block for index, block in enumerate(blocks)}
+        norms.append({name: _norm(parameters) for name, parameters in parts.items()})
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms
+
+
+def _with_joins(model: torch.nn.Module) -> Any:
+    return zip(model.trunk.blocks, model.trunk.joins, strict=True)
+
+
+def _norm(parameters: Any) -> float:
+    return sum(parameter.grad.double().square().sum().item() for parameter in parameters) ** 0.5
+
+
+def engine_run(cfg: Config) -> tuple[list[float], list[dict[str, float]], list[float]]:
+    """The same on this rank of a DeepSpeed run; an evaluation comes before the first step."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    torch.manual_seed(cfg.run.seed)
+    engine = build_engine(build_model(cfg.model), cfg, torch.device("cpu"), world_size)
+    first = evaluate(engine.module, build_evaluation(cfg, rank, world_size), torch.device("cpu"))
+    stream = build_stream(cfg, rank, world_size)
+    horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
+    losses, norms = [], []
+    for step in range(STEPS):
+        result = train_step(engine, stream, learning_rate(cfg.optim, horizon, step), measure_gradients=True)
+        assert result.applied
+        loss = distributed.sum_over_ranks(result.loss.clone()) / world_size
+        losses.append(loss.item())
+        norms.append(result.gradient_norms)
+    return losses, norms, first["loss"]
+
+
+@pytest.mark.parametrize("connectivity", ["acn", "residual", "highway", "denseformer"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_equals_plain_pytorch(
+    two_ranks: Callable, vit: Callable[..., Config], stage: int, connectivity: str
+) -> None:
+    model = {"connectivity": connectivity, "recompute": stage == 3}
+    cfg = vit(model=model, train={"zero_stage": stage, "micro_batch_size": 4, "clip_norm": 0.5})
+    expected_losses, expected_norms = plain_run(cfg)
+    for losses, norms, _ in two_ranks(engine_run, cfg):
+        np.testing.assert_allclose(losses, expected_losses, rtol=0, atol=1e-5)
+        for got, expected in zip(norms, expected_norms, strict=True):
+            assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_evaluation_does_not_depend_on_ranks(one_rank: Callable, two_ranks: Callable, vit: Callable) -> None:
+    """397 samples in batches of 33 on 1 rank, 2 ranks and 2 ranks under ZeRO-3: the same loss at every depth."""
+    (one,) = one_rank(engine_run, vit(eval={"batch_size": 33}))
+    for stage in (1, 3):
+        for two in two_ranks(engine_run, vit(eval={"batch_size": 33}, train={"zero_stage": stage})):
+            assert two[2] == pytest.approx(one[2], abs=1e-9)
+
+
+def skipped_run(cfg: Config) -> tuple[bool, bool, bool]:
+    """Whether a step was applied on good data, after one NaN pixel, and on good data again; and weights stayed."""
+    engine = build_engine(build_model(cfg.model), cfg, torch.device("cpu"), distributed.world_size())
+    images = torch.rand(8, 1, 8, 8)
+    broken = images.clone()
+    if distributed.rank() == 0:
+        broken[0, 0, 0, 0] = torch.nan
+    batches = [{"images": pixels, "labels": torch.arange(8)} for pixels in (images, broken, images)]
+    return tuple(train_step(engine, iter([batch]), 1e-3, measure_gradients=False).applied for batch in batches)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_skipped_updates_show(two_ranks: Callable, vit: Callable[..., Config], stage: int) -> None:
+    """A NaN on one rank skips the update on all, and they say so."""
+    cfg = vit(train={"zero_stage": stage, "precision": "bf16"}, model={"depth": 1})
+    assert two_ranks(skipped_run, cfg) == [(True, False, True)] * 2
+
+
+def fp16_norms(cfg: Config) -> tuple[float, float]:
+    """The gradient norm in fp16, where DeepSpeed scales the loss, and in fp32."""
+    norms = []
+    for precision in ("fp16", "fp32"):
+        torch.manual_seed(0)
+        precise = cfg.model_copy(update={"train": cfg.train.model_copy(update={"precision": precision})})
+        engine = build_engine(build_model(cfg.model), precise, torch.device("cpu"), distributed.world_size())
+        engine.backward(engine(**next(build_stream(cfg, distributed.rank(), distributed.world_size())))["loss"])
+        norms.append(gradient_norms(engine)["all"])
+    return tuple(norms)
+
+
+def fp16_works() -> bool:
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().is_fp16_supported()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradient_norms_are_without_loss_scale(two_ranks: Callable, vit: Callable[..., Config], stage: int) -> None:
+    if not two_ranks(fp16_works)[0]:
+        pytest.skip("this device cannot do fp16")
+    for scaled, plain in two_ranks(fp16_norms, vit(train={"zero_stage": stage}, model={"depth": 1})):
+        assert scaled == pytest.approx(plain, rel=0.02)
+
+
+def test_deepspeed_config_writes_out_what_has_a_default_elsewhere(vit: Callable[..., Config]) -> None:
+    values = deepspeed_config(vit(train={"clip_norm": 0.0, "micro_batch_size": 2}), world_size=2)
+    assert values["gradient_clipping"] == 0.0
+    assert values["gradient_accumulation_steps"] == 4
+    assert "train_batch_size" not in values

@@ -1,0 +1,209 @@
+"""Whole runs on real ranks: what they leave behind, and that stopping changes nothing."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from acn_scale import pretrain
+from acn_scale.cli import load_config
+from acn_scale.config import Config, UserError
+from acn_scale.runs import check_run_folder, run_folder
+
+SCRIPT = Path(pretrain.__file__)
+
+
+def run(cfg: Config) -> None:
+    pretrain.train(cfg, torch.device("cpu"))
+
+
+def run_until(cfg: Config, step: int) -> None:
+    """As if the process had died in this step."""
+
+    class Died(Exception):
+        pass
+
+    def dying_step(engine, *args, **keywords):
+        if engine.global_steps == step - 1:
+            raise Died
+        return whole_step(engine, *args, **keywords)
+
+    whole_step, pretrain.train_step = pretrain.train_step, dying_step
+    try:
+        run(cfg)
+    except Died:
+        pass
+    finally:
+        pretrain.train_step = whole_step
+
+
+def refused(cfg: Config) -> str:
+    try:
+        run(cfg)
+    except (UserError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+def measured(cfg: Config) -> list[dict]:
+    """What a run measured, without its speeds."""
+    lines = [json.loads(line) for line in (run_folder(cfg) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name[:5] not in ("speed", "memor")} for line in lines]
+
+
+def named(cfg: Config, name: str) -> Config:
+    return cfg.model_copy(update={"run": cfg.run.model_copy(update={"name": name})})
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resuming_equals_never_stopping(two_ranks: Callable, vit: Callable[..., Config], stage: int) -> None:
+    """Bit for bit, with dropout, augmentation and accumulation, across the end of an epoch; twice, at other places."""
+    train = {"zero_stage": stage, "global_batch_size": 96, "micro_batch_size": 16, "log_every": "1step"}
+    unbroken = vit(train=train, model={"dropout": 0.1}, data={"augment": "cifar"}, optim={"schedule": "wsd"})
+    broken = named(unbroken, "broken")
+    two_ranks(run, unbroken)
+    for step in (8, 14):
+        two_ranks(run_until, broken, step)
+    two_ranks(run, broken)
+    assert measured(broken) == measured(unbroken)
+    assert [line["step"] for line in measured(broken) if "train/loss" in line] == list(range(1, 21))
+
+
+def test_ranks_do_not_change_the_run(one_rank: Callable, two_ranks: Callable, vit: Callable[..., Config]) -> None:
+    one, two = vit(run={"name": "one"}), vit(run={"name": "two"}, train={"zero_stage": 2, "micro_batch_size": 4})
+    one_rank(run, one)
+    two_ranks(run, two)
+    for a, b in zip(measured(one), measured(two), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_run_folder(one_rank: Callable, vit: Callable[..., Config]) -> None:
+    """Everything a run leaves behind; TensorBoard shows what metrics.jsonl holds, once a step, also after a resume."""
+    cfg = vit(checkpoint={"keep": 1})
+    one_rank(run_until, cfg, 14)
+    one_rank(run, cfg)
+    folder = run_folder(cfg)
+    names = {"config.json", "environment.json", "train.log", "metrics.jsonl", "tensorboard", "checkpoints"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000020"]
+    assert Config.model_validate(json.loads((folder / "config.json").read_text())) == cfg
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/skipped_steps", "grad_norm/block_03"} <= lines[0].keys()
+    assert {"eval/loss", "eval/accuracy", "eval/depth_00/accuracy", "eval/depth_03/accuracy"} <= lines[-1].keys()
+    assert lines[-1]["eval/depth_03/accuracy"] == lines[-1]["eval/accuracy"]
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    written = {(line["step"], name): value for line in lines for name, value in line.items() if name != "step"}
+    shown = [((event.step, tag), event.value) for tag in board.Tags()["scalars"] for event in board.Scalars(tag)]
+    assert len(shown) == len(written)
+    assert dict(shown) == pytest.approx(written, rel=1e-6)
+    assert board.Tags()["images"] == ["depth/curve"]
+
+
+def test_finished_run_stays_as_it_is(one_rank: Callable, vit: Callable[..., Config]) -> None:
+    cfg = vit()
+    one_rank(run, cfg)
+    before = (run_folder(cfg) / "metrics.jsonl").read_text()
+    one_rank(run, cfg)
+    assert (run_folder(cfg) / "metrics.jsonl").read_text() == before
+
+
+def test_half_written_checkpoint_is_never_chosen(one_rank: Callable, vit: Callable[..., Config]) -> None:
+    """Not a temporary folder, and not one whose last file is missing."""
+    cfg = vit()
+    one_rank(run_until, cfg, 14)
+    checkpoints = run_folder(cfg) / "checkpoints"
+    whole = checkpoints / "step_00000010"
+    for name in ("step_00000012", ".step_00000015.tmp"):
+        shutil.copytree(whole, checkpoints / name)
+    (checkpoints / "step_00000012" / "state.json").unlink()
+    one_rank(run, cfg)
+    assert "resumed at step 10" in (run_folder(cfg) / "train.log").read_text()
+    assert not (checkpoints / ".step_00000015.tmp").exists()
+
+
+def test_refusals(one_rank: Callable, two_ranks: Callable, vit: Callable[..., Config]) -> None:
+    """Each in one line that names the key or the file."""
+    cfg = vit()
+    two_ranks(run, cfg)
+    with pytest.raises(UserError, match=r"config.json: optim.lr = 0.001 there, 0.002 now; "):
+        check_run_folder(vit(optim={"lr": 2e-3}))
+    (message,) = one_rank(refused, cfg)
+    assert "step_00000020: written with {'ranks': 2" in message
+    assert two_ranks(refused, vit(train={"global_batch_size": 15}))[1].startswith("train.global_batch_size = 15: ")
+    assert one_rank(refused, vit(model={"image_size": 16}))[0].endswith("model.image_size = 16, and nothing crops it")
+    assert "no such file" in one_rank(refused, vit(data={"train": "nowhere"}))[0].lower()
+
+
+def test_too_many_skipped_updates_end_the_run(two_ranks: Callable, vit: Callable[..., Config]) -> None:
+    cfg = vit(train={"precision": "bf16", "zero_stage": 1, "max_skipped_steps": 2}, data={"mean": [-1e2], "std": [1e-37]})
+    assert two_ranks(refused, cfg) == ["step 2: 2 updates in a row skipped for non-finite gradients"] * 2
+
+
+def command(tmp_path: Path, digits: Path, *overrides: str) -> list[str]:
+    """Of a run of one process on a small config file."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        f'run = {{name = "tiny", dir = "{tmp_path}/runs"}}\n'
+        'model = {name = "vit", connectivity = "acn", depth = 2, dim = 16, num_heads = 2, image_size = 8, '
+        "patch_size = 4, channels = 1, num_classes = 10}\n"
+        f'data = {{kind = "images", train = "{digits}/train", eval = "{digits}/eval"}}\n'
+        "optim = {lr = 1e-3}\n"
+        'train = {length = "300step", global_batch_size = 16, log_every = "1step"}\n'
+        'checkpoint = {every = "20step"}\n'
+    )
+    return [str(SCRIPT), "--config", str(path), *overrides]
+
+
+@pytest.mark.slow
+def test_sigkill_loses_nothing(tmp_path: Path, digits: Path) -> None:
+    """Killed at random moments and started again, a run measures what the unbroken one does."""
+    arguments = command(tmp_path, digits)
+    unbroken = [sys.executable, *arguments, "run.name=unbroken"]
+    subprocess.run(unbroken, check=True, capture_output=True)
+    killed = [sys.executable, *arguments]
+    metrics = tmp_path / "runs/tiny/metrics.jsonl"
+    chosen = random.Random(time.time())
+    for lines in (chosen.randint(20, 120), chosen.randint(121, 250)):
+        process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):
+            time.sleep(0.02)
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(killed, check=True, capture_output=True)
+    path = Path(arguments[2])
+    assert measured(load_config(path)) == measured(load_config(path, ["run.name=unbroken"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [["deepspeed", "--num_gpus", "2"], ["torchrun", "--nproc-per-node", "2"]])
+def test_launchers(tmp_path: Path, digits: Path, launcher: list[str]) -> None:
+    """The same file under deepspeed and torchrun; a user's mistake gives one line and leaves nothing behind."""
+    binary = Path(sys.executable).with_name(launcher[0])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{binary.parent}:{os.environ['PATH']}"}
+
+    def launch(*overrides: str) -> subprocess.CompletedProcess[str]:
+        arguments = [binary, *launcher[1:], *command(tmp_path, digits, "train.length=20step", *overrides)]
+        return subprocess.run(arguments, capture_output=True, text=True, env=environment)
+
+    bad = launch("data.train=nowhere")
+    assert "error: nowhere/index.json: No such file or directory" in bad.stderr
+    assert "Traceback" not in bad.stderr.split("torch/distributed")[0]
+    assert not (tmp_path / "runs").exists()
+    if launcher[0] == "deepspeed":
+        assert bad.returncode == 2
+    good = launch("train.zero_stage=2")
+    assert good.returncode == 0, good.stderr
+    assert (tmp_path / "runs/tiny/checkpoints/step_00000020/state.json").exists()
