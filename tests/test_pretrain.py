@@ -147,7 +147,9 @@ def test_refusals(one_rank: Callable, two_ranks: Callable, vit: Callable[..., Co
 
 
 def test_too_many_skipped_updates_end_the_run(two_ranks: Callable, vit: Callable[..., Config]) -> None:
-    cfg = vit(train={"precision": "bf16", "zero_stage": 1, "max_skipped_steps": 2}, data={"mean": [-1e2], "std": [1e-37]})
+    cfg = vit(
+        train={"precision": "bf16", "zero_stage": 1, "max_skipped_steps": 2}, data={"mean": [-1e2], "std": [1e-37]}
+    )
     assert two_ranks(refused, cfg) == ["step 2: 2 updates in a row skipped for non-finite gradients"] * 2
 
 

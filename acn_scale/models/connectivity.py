@@ -70,12 +70,9 @@ class AutoCompressing(Connectivity):
 class DetachedAutoCompressing(AutoCompressing):
     """As AutoCompressing, but no gradient flows from a block into the one below it (Dorovatas et al. 2025, Fig. 2).
 
-    Each block then learns through its own direct path to the output alone.
+    Each block then learns through its own direct path to the output alone. The first block still trains the embedding:
+    a class token's readout would reach no patch directly.
     """
-
-    @staticmethod
-    def start(x: Tensor) -> State:
-        return (x.detach(), x.float())
 
     def forward(self, state: State, y: Tensor) -> State:
         return (y.detach(), state[1] + y)

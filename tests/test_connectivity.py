@@ -1,0 +1,136 @@
+"""The patterns against closed forms, the connection-matrix oracle, and one another."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from acn_scale.models.connectivity import CONNECTIVITY, AutoCompressing, Highway, Trunk, patterns
+
+LINEAR = ["feedforward", "residual", "acn", "acn_detached", "dense", "denseformer"]
+
+
+class Branch(nn.Module):
+    """A block of a test trunk: any function of x, called with a mask like all blocks."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.function(x)
+
+
+def product(factors: Tensor) -> Tensor:
+    return factors.prod()
+
+
+def closed_form(pattern: str, w: Tensor, i: int) -> Tensor:
+    """dy/dw_i of the 1-D linear network with x_0 = 1, i from 0 (Dorovatas et al. 2025, Table 1)."""
+    below, above = w[:i], w[i + 1 :]
+    if pattern == "feedforward":
+        return product(above) * product(below)
+    if pattern == "residual":
+        return product(1 + above) * product(1 + below)
+    if pattern == "acn_detached":  # of the ACN's paths the direct one alone
+        return product(below)
+    return (1 + sum(product(above[: j + 1]) for j in range(len(above)))) * product(below)
+
+
+@pytest.mark.parametrize("pattern", ["feedforward", "residual", "acn", "acn_detached"])
+@pytest.mark.parametrize("depth", [1, 2, 5, 12])
+def test_gradients_of_the_one_dimensional_network(pattern: str, depth: int) -> None:
+    w = (torch.rand(depth, dtype=torch.float64) * 2 - 1).requires_grad_()
+    trunk = Trunk([Branch(lambda x, i=i: w[i] * x) for i in range(depth)], pattern, 1)
+    (gradient,) = torch.autograd.grad(trunk(torch.ones(1, 1, 1, dtype=torch.float64)).sum(), w)
+    expected = torch.stack([closed_form(pattern, w.detach(), i) for i in range(depth)])
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+def connections(pattern: str, trunk: Trunk) -> tuple[list[Tensor], list[Tensor]]:
+    """The oracle's rows: what block i + 1 gets is sum_j A_ij v_j, the output at depth i is sum_j r_ij v_j."""
+    depth = len(trunk.blocks)
+    last = [torch.eye(i + 1, dtype=torch.float64)[-1] for i in range(depth + 1)]
+    ones = [torch.ones(i + 1, dtype=torch.float64) for i in range(depth + 1)]
+    if pattern == "feedforward":
+        return last, last
+    if pattern == "residual":
+        return ones, ones
+    if pattern in ("acn", "acn_detached"):
+        return last, ones
+    rows = [torch.randn(i + 2, dtype=torch.float64) for i in range(depth)]
+    with torch.no_grad():
+        for join, row in zip(trunk.joins, rows, strict=True):
+            if pattern == "denseformer":
+                join.weight.copy_(row)
+            else:
+                dim = len(join.mix.weight)
+                join.mix.weight.copy_(torch.kron(row[None], torch.eye(dim, dtype=torch.float64)))
+    return [ones[0], *rows], [ones[0], *rows]
+
+
+@pytest.mark.parametrize("pattern", LINEAR)
+@pytest.mark.parametrize("depth", [0, 1, 4])
+def test_linear_patterns_equal_the_connection_matrix(pattern: str, depth: int) -> None:
+    """At every depth, with blocks that are not linear."""
+    layers = [nn.Linear(5, 5, dtype=torch.float64) for _ in range(depth)]
+    blocks = [Branch(nn.Sequential(layer, nn.Tanh())) for layer in layers]
+    trunk = Trunk(blocks, pattern, 5).double()
+    inputs, outputs = connections(pattern, trunk)
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
+
+    def mix(row: Tensor, branches: list[Tensor]) -> Tensor:
+        return sum(weight * branch for weight, branch in zip(row, branches, strict=True))
+
+    branches = [x]
+    expected = [mix(outputs[0], branches)]
+    for index, block in enumerate(blocks):
+        branches.append(block(mix(inputs[index], branches)))
+        expected.append(mix(outputs[index + 1], branches))
+    got = list(trunk.readouts(x))
+    tolerance = 1e-6 if "acn" in pattern else 1e-12  # the ACN's sum is in fp32
+    torch.testing.assert_close(torch.stack(got), torch.stack(expected), rtol=tolerance, atol=tolerance)
+
+
+def test_start_of_the_learned_patterns() -> None:
+    """Dense starts as residual, DenseFormer as feedforward."""
+    blocks = [Branch(nn.Linear(4, 4)) for _ in range(3)]
+    x = torch.randn(2, 3, 4)
+    for pattern, start in (("dense", "residual"), ("denseformer", "feedforward")):
+        torch.testing.assert_close(Trunk(blocks, pattern, 4)(x), Trunk(blocks, start, 4)(x))
+
+
+def test_highway() -> None:
+    join, x, y = Highway(4, 0), torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    gate = torch.sigmoid(x @ join.gate.weight.T - 2)
+    torch.testing.assert_close(join((x,), y)[0], gate * y + (1 - gate) * x)
+
+
+def test_running_sum_is_fp32_in_bf16() -> None:
+    """Its error over 48 blocks is that of one rounding, well below that of a bf16 sum."""
+    outputs = [torch.randn(64, 8, 16).bfloat16() for _ in range(49)]
+    following: Iterator[Tensor] = iter(outputs[1:])
+    trunk = Trunk([Branch(lambda x: next(following)) for _ in range(48)], "acn", 16)
+    assert AutoCompressing.start(outputs[0])[1].dtype == torch.float32
+    exact = torch.stack(outputs).double().sum(0)
+    rounded = outputs[0]
+    for y in outputs[1:]:
+        rounded = rounded + y
+    readout = trunk(outputs[0])
+    assert readout.dtype == torch.bfloat16
+    assert (readout - exact).norm() < 0.4 * (rounded - exact).norm()
+
+
+@pytest.mark.parametrize("depth", [-1, 4])
+def test_truncate_refuses_what_is_not_there(depth: int) -> None:
+    with pytest.raises(ValueError, match="must be 0 to 3"):
+        Trunk([Branch(nn.Identity()) for _ in range(3)], "acn", 4).truncate(depth)
+
+
+def test_usual_partners() -> None:
+    assert patterns("acn", "auto") == ("acn", "feedforward")
+    assert patterns("residual", "auto") == ("feedforward", "residual")
+    assert patterns("denseformer", "auto") == ("denseformer", "residual")
+    assert patterns("residual", "feedforward") == ("residual", "feedforward")
+    assert all(set(patterns(name, "auto")) <= CONNECTIVITY.keys() for name in CONNECTIVITY)
