@@ -97,7 +97,7 @@ class ImageModelConfig(TrunkConfig):
 
 
 class ViTConfig(ImageModelConfig):
-    name: Literal["vit"]
+    name: Literal["vit"] = Field(description="which model")
     size: Literal["Ti", "S", "B", "L"] | None = Field(
         None, description="sets dim, depth and num_heads; each may still be given"
     )
@@ -123,7 +123,7 @@ class ViTConfig(ImageModelConfig):
 
 
 class MixerConfig(ImageModelConfig):
-    name: Literal["mixer"]
+    name: Literal["mixer"] = Field(description="which model")
     token_dim: int = Field(ge=1, description="hidden width of the token-mixing MLP")
     channel_dim: int = Field(ge=1, description="hidden width of the channel MLP")
     pool: Literal["cls", "mean"] = Field("mean", description="mean over patches, or a class token (the authors' code)")
@@ -133,7 +133,7 @@ class MixerConfig(ImageModelConfig):
 
 
 class BertConfig(TrunkConfig):
-    name: Literal["bert"]
+    name: Literal["bert"] = Field(description="which model")
     vocab_size: int = Field(ge=5, description="pieces of the tokenizer")
     max_tokens: int = Field(128, ge=2, description="longest sequence: size of the position embedding")
     num_heads: int = Field(ge=1, description="attention heads; must divide dim")
@@ -171,7 +171,7 @@ class StreamConfig(Section):
 
 
 class ImageDataConfig(StreamConfig):
-    kind: Literal["images"]
+    kind: Literal["images"] = Field(description="what the shards hold")
     augment: Literal["none", "crop_flip", "randaugment", "cifar"] = Field(
         "none",
         description="none; RandomResizedCrop and flip; the same with RandAugment(2, 10); "
@@ -191,7 +191,7 @@ class ImageDataConfig(StreamConfig):
 
 
 class TextDataConfig(StreamConfig):
-    kind: Literal["text"]
+    kind: Literal["text"] = Field(description="what the shards hold")
     mask_ratio: float = Field(0.15, gt=0, lt=1, description="share of the tokens to predict")
     group: ClassVar[int] = 1
 

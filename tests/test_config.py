@@ -1,0 +1,187 @@
+"""Configs and the command line: strict, typed, and every mistake in one line."""
+
+import json
+import os
+import subprocess
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from acn_scale import pretrain
+from acn_scale.cli import config_from_args, help_text, load_config
+from acn_scale.config import Config, Horizon, Section, UserError
+
+TINY = """
+[run]
+name = "tiny"
+[model]
+name = "vit"
+connectivity = "acn"
+depth = 2
+dim = 16
+num_heads = 2
+image_size = 8
+patch_size = 4
+num_classes = 10
+[data]
+kind = "images"
+train = "train"
+eval = "eval"
+[optim]
+lr = 3e-4
+[train]
+length = "2ep"
+global_batch_size = 12
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def test_overrides_are_toml_values_or_bare_strings(tiny: Path) -> None:
+    cfg = load_config(
+        tiny, ["optim.lr=1e-2", "run.name=a/b", 'run.dir="x"', "model.recompute=true", "data.mean=[1,2,3]"]
+    )
+    assert (cfg.optim.lr, cfg.run.name, cfg.run.dir, cfg.model.recompute) == (0.01, "a/b", "x", True)
+    assert cfg.data.mean == [1, 2, 3]
+
+
+def test_base_is_inherited_once(tiny: Path) -> None:
+    child, grandchild = tiny.with_name("child.toml"), tiny.with_name("grandchild.toml")
+    child.write_text('base = "tiny.toml"\n[model]\nconnectivity = "residual"\n')
+    cfg = load_config(child, ["model.depth=5"])
+    assert (cfg.model.connectivity, cfg.model.depth, cfg.model.dim) == ("residual", 5, 16)
+    grandchild.write_text('base = "child.toml"\n')
+    with pytest.raises(UserError, match="only one is followed"):
+        load_config(grandchild)
+
+
+def test_size_of_a_vit(tiny: Path) -> None:
+    tiny.write_text(TINY.replace("depth = 2\ndim = 16\nnum_heads = 2", 'size = "S"'))
+    cfg = load_config(tiny, ["model.depth=3"])
+    assert (cfg.model.dim, cfg.model.depth, cfg.model.num_heads) == (384, 3, 6)
+
+
+def test_the_launchers_own_argument_is_ignored(tiny: Path) -> None:
+    for args in (["--local_rank=1", "--config", str(tiny)], ["--config", str(tiny), "--local-rank=0"]):
+        assert config_from_args(args, "p").run.name == "tiny"
+
+
+MISTAKES = {
+    "optim.lrr=1": "optim.lrr: no such key; the nearest is optim.lr",
+    "optim.lr=x": "optim.lr = 'x': input should be a valid number",
+    "optim.lr=nan": "optim.lr = nan: input should be a finite number",
+    "optim.lr=-1": "optim.lr = -1: input should be greater than 0",
+    "optim.lr=true": "optim.lr = True: input should be a valid number",
+    'optim.lr="3"': "optim.lr = '3': input should be a valid number",
+    "train.global_batch_size=1.5": "train.global_batch_size = 1.5: input should be a valid integer",
+    "train.length=4": "train.length = 4: input should be a valid string",
+    "train.length=4days": "train.length = '4days': a number and a unit: '90ep'",
+    "model.name=resnet": "model: input tag 'resnet' found using 'name' does not match any of the expected tags",
+    "model.connectivity=acm": "model.connectivity = 'acm': input should be 'feedforward', 'residual', 'acn'",
+    "model.patch_size=3": "model: patch_size = 3 must divide image_size = 8",
+    "model.num_heads=3": "model: num_heads = 3 must divide dim = 16",
+    "data.kind=text": "data.kind = text: model.name = vit takes images",
+    "data.std=[1.0]": "data.std = [1.0]: model.channels = 3 takes as many numbers",
+    "model=3": "model = 3: ",
+    "run.name=../up": "run.name = '../up': string should match pattern",
+    "=3": "'=3': an override is key.sub=value",
+    "train.length": "'train.length': an override is key.sub=value",
+    "a..b=1": "a: no such key",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_mistakes_in_one_line(tiny: Path, override: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_config(tiny, [override])
+    message = str(raised.value)
+    assert message.removeprefix(f"{tiny}: ").startswith(MISTAKES[override])
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"run = [", "not TOML: "),
+        (b"\xff\xfe", "not TOML: "),
+        (None, "No such file or directory"),
+        (TINY.replace("[optim]\nlr = 3e-4", "").encode(), "optim: missing; it has no default"),
+        (b'base = "absent.toml"', "absent.toml: No such file or directory"),
+        (b"base = 3", "base = 3: must be the path of another TOML file"),
+        (TINY.replace('name = "vit"', "").encode(), "model: missing 'name', which says what kind it is"),
+    ],
+)
+def test_files_that_are_no_configs(tmp_path: Path, content: bytes | None, expected: str) -> None:
+    path = tmp_path / "broken.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        load_config(path)
+    assert str(raised.value).startswith(str(tmp_path))
+    assert expected in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_batches_that_do_not_divide(vit: Callable[..., Config]) -> None:
+    assert vit().micro_batch_size(4) == 4
+    assert vit(train={"micro_batch_size": 2}).micro_batch_size(4) == 2
+    with pytest.raises(UserError, match=r"^train.global_batch_size = 16: must be a multiple of 3 "):
+        vit().micro_batch_size(3)
+    with pytest.raises(UserError, match=r"^train.micro_batch_size = 3: must divide a rank's share of 8"):
+        vit(train={"micro_batch_size": 3}).micro_batch_size(2)
+    with pytest.raises(
+        UserError, match=r"^train.global_batch_size = 16: must be a multiple of 32 \(16 ranks, and pairs"
+    ):
+        vit(data={"mixup": 0.1}).micro_batch_size(16)
+
+
+def test_mistakes_leave_nothing_behind(tiny: Path) -> None:
+    """Exit code 2, one line, no folder: for a bad key, and for shards that are not there."""
+    for override, line in (("optim.lrr=1", "optim.lrr: no such key"), ("run.name=x", "train/index.json: No such file")):
+        arguments = [sys.executable, pretrain.__file__, "--config", tiny.name, override]
+        done = subprocess.run(arguments, cwd=tiny.parent, capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert line in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert [path.name for path in tiny.parent.iterdir()] == [tiny.name]
+
+
+def test_help_lists_every_key() -> None:
+    def keys(section: type[Section], prefix: str) -> typing.Iterator[str]:
+        for name, field in section.model_fields.items():
+            inner = [
+                kind for kind in (field.annotation, *typing.get_args(field.annotation)) if hasattr(kind, "model_fields")
+            ]
+            for kind in inner:
+                yield from keys(kind, f"{prefix}{name}.")
+            if not inner:
+                assert field.description, prefix + name
+                yield prefix + name
+
+    listed = {line.split()[0] for line in help_text().splitlines() if line.startswith("  ") and line[2] != " "}
+    assert listed == set(keys(Config, ""))
+
+
+def test_horizon() -> None:
+    horizon = Horizon.of("3ep", samples_per_epoch=1000, global_batch_size=64)
+    assert horizon.steps == 47  # 46.875
+    assert [horizon.count(duration) for duration in ("1ep", "0.5run", "7step", "0.1ep")] == [16, 24, 7, 2]
+    with pytest.raises(UserError, match=r"^train.length = 0.01ep: less than one step"):
+        Horizon.of("0.01ep", 1000, 64)
+
+
+def test_resolved_config_reads_back_and_is_frozen(tiny: Path) -> None:
+    cfg = load_config(tiny)
+    assert Config.model_validate(json.loads(json.dumps(cfg.model_dump(mode="json")))) == cfg
+    with pytest.raises(ValidationError, match="frozen"):
+        cfg.run.seed = 3

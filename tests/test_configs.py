@@ -1,0 +1,44 @@
+"""Every shipped config loads, builds, and is told apart from its twin by what its header says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from acn_scale.cli import load_config
+from acn_scale.config import Horizon
+from acn_scale.models import build_model
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+paths = sorted(CONFIGS.rglob("*.toml"))
+twins = [(path, path.with_name(path.name.replace("ac_", "residual_"))) for path in paths if "ac_" in path.name]
+
+
+@pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
+def test_config_loads_builds_and_says_what_it_is(path: Path) -> None:
+    cfg = load_config(path)
+    assert cfg.run.name == str(path.relative_to(CONFIGS).with_suffix(""))
+    assert cfg.micro_batch_size(1)
+    assert Horizon.of(cfg.train.length, 1_281_167, cfg.train.global_batch_size).count(cfg.optim.warmup) >= 0
+    with torch.device("meta"):
+        build_model(cfg.model)
+    header = [line for line in path.read_text().split("[run]")[0].splitlines() if line.startswith("#")]
+    text = "\n".join(header)
+    assert f"acn_scale/pretrain.py --config configs/{path.relative_to(CONFIGS)}" in text or "make quickstart" in text
+    assert "# Cost:" in text
+    assert "# Expected:" in text
+
+
+@pytest.mark.parametrize(("ac", "residual"), [pair for pair in twins if pair[1].exists()], ids=lambda path: path.stem)
+def test_twins_differ_in_connectivity_alone(ac: Path, residual: Path) -> None:
+    """And, where the paper trains the ACN for longer, in length."""
+    first, second = (load_config(path).model_dump() for path in (ac, residual))
+    assert (first["model"].pop("connectivity"), second["model"].pop("connectivity")) == ("acn", "residual")
+    for values in (first, second):
+        values["run"].pop("name")
+        values["train"].pop("length")
+    assert first == second
+
+
+def test_every_full_scale_config_has_a_twin() -> None:
+    assert [ac.name for ac, residual in twins if not residual.exists()] == ["ac_bert.toml"]  # the text quickstart

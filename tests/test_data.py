@@ -1,0 +1,238 @@
+"""Shards, images and text: what is written is what is read, by us and by plain webdataset."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from acn_scale.config import BertConfig, Config, TextDataConfig, UserError
+from acn_scale.data import build_evaluation, build_stream
+from acn_scale.data.make import make_text_shards, train_source_tokenizer, write_shards
+from acn_scale.data.shards import ShardIndex, ShardReader
+from acn_scale.data.stream import Key
+from acn_scale.data.text import CLS, MASK, SEP, TextDecoder, load_tokenizer, pack, unigram_loss
+
+
+def test_plain_webdataset_reads_our_shards(digits: Path) -> None:
+    """And the two splits together are scikit-learn's images."""
+    samples = []
+    for split in ("train", "eval"):
+        names = sorted(str(path) for path in (digits / split).glob("*.tar"))
+        samples += list(wds.WebDataset(names, shardshuffle=False).decode("l8").to_tuple("png", "cls"))
+    images, labels = load_digits(return_X_y=True)
+    pixels = np.rint(images * 255 / 16).astype(np.uint8)
+    expected = sorted((image.tobytes(), int(label)) for image, label in zip(pixels, labels, strict=True))
+    assert sorted((image.tobytes(), label) for image, label in samples) == expected
+
+
+def test_we_read_shards_of_plain_webdataset(tmp_path: Path) -> None:
+    with wds.TarWriter(str(tmp_path / "shard-000000.tar")) as tar:
+        for number in range(5):
+            tar.write({"__key__": f"some/folder/{number}", "txt": f"number {number}", "cls": number})
+    index = write_shards([], tmp_path, records_per_shard=1, info={})
+    index.shards.append(type("Shard", (), {"name": "shard-000000.tar"}))
+    assert bytes(ShardReader(index).read(0, 3)["txt"]) == b"number 3"
+
+
+def test_unfinished_folder_has_no_index(tmp_path: Path) -> None:
+    """Shards come under their names only when whole, and their index last."""
+
+    def records():
+        for number in range(7):
+            if number == 6:
+                raise KeyboardInterrupt
+            yield {"__key__": str(number), "txt": "text"}
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(records(), tmp_path, records_per_shard=2, info={})
+    assert {path.name for path in tmp_path.iterdir()} == {f"shard-00000{number}.tar" for number in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "not an index of shards"),
+        ('{"shards": [], "info": {}}', "lists no samples"),
+        (
+            '{"shards": [{"name": "a.tar", "samples": 3, "bytes": 1, "sha256": ""}], "info": {}}',
+            "lists a.tar, which is not",
+        ),
+        ('{"shards": [{"name": "a.tar"}], "info": {}}', "not an index of shards"),
+        ("[]", "not an index of shards"),
+    ],
+)
+def test_bad_indexes(tmp_path: Path, content: str, expected: str) -> None:
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(UserError, match=expected):
+        ShardIndex.load(tmp_path)
+
+
+def image_folder(folder: Path, image: bytes, label: str = "1") -> Path:
+    records = [{"__key__": "0", "png": image, "cls": label.encode()}]
+    info = {"kind": "images", "classes": ["a", "b"], "mean": [0.5], "std": [0.5]}
+    write_shards(records, folder, records_per_shard=1, info=info)
+    return folder
+
+
+def png(width: int, height: int, mode: str = "L") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (width, height)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "expected"),
+    [
+        (png(9, 8), "1", "an image of 8 x 9 pixels: model.image_size = 8"),
+        (b"", "1", "an image that cannot be decoded"),
+        (png(8, 8)[:40], "1", "an image that cannot be decoded"),
+        (png(8, 8), "10", "label b'10': must be a class 0 to 9"),
+        (png(8, 8), "-1", "label b'-1': must be a class 0 to 9"),
+    ],
+)
+def test_bad_samples_name_their_shard(
+    vit: Callable[..., Config], tmp_path: Path, image: bytes, label: str, expected: str
+) -> None:
+    folder = image_folder(tmp_path / "bad", image, label)
+    for workers in (0, 2):
+        with pytest.raises(UserError, match=expected) as raised:
+            next(build_stream(vit(data={"train": str(folder), "workers": workers})))
+        assert str(raised.value).startswith(f"{folder}/shard-000000.tar: sample 0: ")
+        assert "\n" not in str(raised.value)
+
+
+def test_truncated_shard(vit: Callable[..., Config], tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "cut", png(8, 8))
+    shard = folder / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:700])
+    with pytest.raises(UserError, match="sample 0: "):
+        build_stream(vit(data={"train": str(folder)}))
+
+
+@pytest.mark.parametrize("augment", ["crop_flip", "randaugment", "cifar"])
+def test_augmentation_is_drawn_from_the_sample_alone(vit: Callable[..., Config], augment: str) -> None:
+    """Not from torch's generator, which stays where it is; and anew in each epoch."""
+    samples = build_stream(vit(data={"augment": augment, "streams": 1})).samples
+    size = samples.num_samples
+    torch.manual_seed(0)
+    together = samples.__getitems__([3, 4, 5])["images"]
+    state = torch.get_rng_state()
+    alone = torch.cat([samples.__getitems__([position])["images"] for position in (3, 4, 5)])
+    assert torch.equal(together, alone)
+    assert torch.equal(torch.get_rng_state(), state)
+    key = Key(seed=0, epoch=0, sample=7)
+    files = samples.reader.read(0, 7)
+    epochs = [samples.decoder.decode(files, 0, Key(0, epoch, 7))[0] for epoch in range(8)]
+    assert torch.equal(epochs[0], samples.decoder.decode(files, 0, key)[0])
+    assert any(not torch.equal(epochs[0], other) for other in epochs[1:])
+    assert size == 1400
+
+
+def test_evaluation_crops_the_centre_where_training_crops(vit: Callable[..., Config]) -> None:
+    cfg = vit(data={"augment": "crop_flip"}, model={"image_size": 4, "patch_size": 2})
+    batch, _ = next(iter(build_evaluation(cfg)))
+    assert batch["images"].shape == (256, 1, 4, 4)
+
+
+def test_mixing_keeps_the_labels_in_step(vit: Callable[..., Config]) -> None:
+    """Mixup with the same share for pixels and labels; CutMix by area; both inside pairs."""
+    plain = build_stream(vit(data={"streams": 1})).samples.__getitems__(list(range(8)))
+    for mixing in ({"mixup": 0.8}, {"cutmix": 1.0}):
+        samples = build_stream(vit(data={"streams": 1} | mixing)).samples
+        batch = samples.__getitems__(list(range(8)))
+        torch.testing.assert_close(batch["labels"].sum(1), torch.ones(8))
+        images, labels = plain["images"], torch.nn.functional.one_hot(plain["labels"], 10).float()
+        for first in range(0, 8, 2):
+            one, other = images[first], images[first + 1]
+            if "mixup" in mixing:
+                share = ((batch["images"][first] - other) * (one - other)).sum() / (one - other).square().sum()
+            else:
+                kept = (batch["images"][first] == one) | (one == other)
+                assert (kept | (batch["images"][first] == other)).all()
+                continue
+            torch.testing.assert_close(batch["images"][first], share * one + (1 - share) * other)
+            torch.testing.assert_close(batch["labels"][first], share * labels[first] + (1 - share) * labels[first + 1])
+
+
+@pytest.fixture(scope="module")
+def pydoc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pydoc")
+    train_source_tokenizer("pydoc", 512, folder)
+    for split in ("train", "eval"):
+        make_text_shards("pydoc", split, folder, folder / split, tokens=32, shard_size=1000)
+    return folder
+
+
+def test_tokenizer(pydoc: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(pydoc)
+    assert [tokenizer.IdToPiece(piece) for piece in range(5)] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert tokenizer.Decode(tokenizer.Encode("The yield statement")) == "The yield statement"
+    with pytest.raises(UserError, match=r"no such file; tools/train_tokenizer.py"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="not a SentencePiece model"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="--vocab-size 100000: "):
+        train_source_tokenizer("pydoc", 100_000, tmp_path)
+
+
+def test_packing_loses_nothing_but_the_rest(pydoc: Path) -> None:
+    tokenizer = load_tokenizer(pydoc)
+    documents = ["The first text. " * 9, "Another one."]
+    sequences = list(pack(documents, tokenizer, 16))
+    assert all(sequence[0] == CLS and sequence[-1] == SEP and len(sequence) == 16 for sequence in sequences)
+    stream = [token for document in documents for token in [*tokenizer.EncodeAsIds(document), SEP]]
+    body = [int(token) for sequence in sequences for token in sequence[1:-1]]
+    assert body == stream[: len(body)]
+    assert len(stream) - len(body) < 14
+
+
+def test_unigram_loss_is_the_cross_entropy_of_guessing_by_frequency() -> None:
+    sequences = [np.array([5, 5, 5, 6])] * 1000
+    assert unigram_loss(sequences, sequences, 7) == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25), abs=3e-3)
+
+
+def test_masking(pydoc: Path) -> None:
+    """15 % of the tokens in each sequence; of these 80 / 10 / 10; never a special piece; drawn from the key alone."""
+    model = BertConfig(name="bert", connectivity="acn", vocab_size=512, max_tokens=32, depth=1, dim=8, num_heads=1)
+    index = ShardIndex.load(pydoc / "train")
+    data = TextDataConfig(kind="text", train=str(pydoc / "train"), eval=str(pydoc / "eval"))
+    decoder, reader = TextDecoder(data, model, index), ShardReader(index)
+    files = reader.read(0, 0)
+    original = np.load(io.BytesIO(files["npy"]))[3].astype(np.int64)
+    changes = {"mask": 0, "same": 0, "other": 0}
+    for epoch in range(2000):
+        tokens, masked, labels = decoder.decode(files, 3, Key(0, epoch, 3))
+        assert len(set(masked)) == 5
+        assert (original[masked] == labels).all()
+        assert (labels > MASK).all()
+        untouched = np.ones(32, dtype=bool)
+        untouched[masked] = False
+        assert (tokens[untouched] == original[untouched]).all()
+        changes["mask"] += (tokens[masked] == MASK).sum()
+        changes["same"] += (tokens[masked] == labels).sum()
+    assert changes["mask"] / 10_000 == pytest.approx(0.8, abs=0.02)
+    assert changes["same"] / 10_000 == pytest.approx(0.1, abs=0.02)
+    again = decoder.decode(files, 3, Key(0, 7, 3))
+    assert all((a == b).all() for a, b in zip(again, decoder.decode(files, 3, Key(0, 7, 3)), strict=True))
+
+
+def test_text_that_does_not_fit_the_model(pydoc: Path) -> None:
+    model = {"name": "bert", "connectivity": "acn", "vocab_size": 512, "max_tokens": 32, "depth": 1, "dim": 8}
+    data = TextDataConfig(kind="text", train=str(pydoc / "train"), eval=str(pydoc / "eval"))
+    for key, value in (("vocab_size", 511), ("max_tokens", 31)):
+        with pytest.raises(UserError, match=f"^model.{key} = {value}: "):
+            TextDecoder(data, BertConfig(**model | {key: value}, num_heads=1), ShardIndex.load(pydoc / "train"))
+
+
+def test_splits_share_no_document(pydoc: Path) -> None:
+    """A tenth or so of the documents is held out, and guessing by frequency is harder there."""
+    indexes = {split: ShardIndex.load(pydoc / split) for split in ("train", "eval")}
+    assert 0.05 < indexes["eval"].num_samples / indexes["train"].num_samples < 0.25
+    assert indexes["eval"].info["unigram_loss"] > indexes["train"].info["unigram_loss"]

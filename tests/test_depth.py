@@ -1,0 +1,80 @@
+"""Cut-off, savings, schedules, and the report of runs side by side."""
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_pretrain import run
+
+from acn_scale.config import Config, Horizon, MixerConfig, OptimConfig, UserError, ViTConfig
+from acn_scale.depth import cost, cutoff
+from acn_scale.models import build_model
+from acn_scale.optim import learning_rate, parameter_groups
+from acn_scale.report import depth_report
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+
+def test_cutoff_is_the_smallest_depth_within_tolerance() -> None:
+    accuracy = [0.1, 0.5, 0.945, 0.93, 0.95]
+    assert [cutoff(accuracy, tolerance) for tolerance in (0, 0.4, 0.5, 2, 60, 100)] == [4, 4, 2, 2, 1, 0]
+    assert cutoff([0.3], 0) == 0
+
+
+def test_cost_is_that_of_the_cut_model() -> None:
+    """ViT-B/16: the paper's 33.7 and 19.7 GFLOPs count linear maps alone; attention's products come on top."""
+    cfg = ViTConfig(name="vit", size="B", connectivity="acn", image_size=224, patch_size=16, num_classes=1000)
+    attention = 2 * 2 * 197 * 197 * 768
+    assert cost(cfg, 12).flops / 1e9 == pytest.approx(33.7 + 12 * attention / 1e9, abs=0.05)
+    assert cost(cfg, 7).flops / 1e9 == pytest.approx(19.75 + 7 * attention / 1e9, abs=0.05)
+    assert (cost(cfg, 7).parameters, cost(cfg, 12).parameters) == (51_128_296, 86_567_656)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_learning_rates(schedule: str) -> None:
+    """Up in a line, never above the peak, down to final_lr at the end; constant in between with wsd only."""
+    cfg = OptimConfig(lr=2.0, schedule=schedule, warmup="10step", decay="0.2run", final_lr=0.1)
+    rates = [learning_rate(cfg, Horizon(1, 1, 100), step) for step in range(101)]
+    assert rates[:10] == pytest.approx([2 * (step + 1) / 11 for step in range(10)])
+    assert max(rates) == rates[10] == 2.0
+    assert rates[100] == pytest.approx(0.2)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert (rates[79] == 2.0) == (schedule == "wsd")
+    assert rates[55] == pytest.approx({"cosine": 1.1, "linear": 1.1, "wsd": 2.0}[schedule])
+
+
+def test_no_weight_decay_on_vectors() -> None:
+    shape = {"depth": 2, "dim": 8, "image_size": 4, "patch_size": 2, "num_classes": 3, "token_dim": 4, "channel_dim": 4}
+    model = build_model(MixerConfig(name="mixer", connectivity="denseformer", **shape))
+    decayed, others = parameter_groups(model, 0.3)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert all(parameter.ndim >= 2 for parameter in decayed["params"])
+    assert all(parameter.ndim < 2 for parameter in others["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_report_of_runs(one_rank: Callable, vit: Callable[..., Config], tmp_path: Path) -> None:
+    first, second = vit(run={"name": "ac"}), vit(run={"name": "res"}, model={"connectivity": "residual"})
+    for cfg in (first, second):
+        one_rank(run, cfg)
+    folders = [tmp_path / "runs" / name for name in ("ac", "res")]
+    text = depth_report(folders, tmp_path / "out", tolerance=100)
+    assert (tmp_path / "out" / "depth_curve.png").read_bytes().startswith(b"\x89PNG")
+    rows = text.splitlines()
+    assert rows[0].split()[-4:] == ["0", "1", "2", "3"]
+    assert [row.split()[0] for row in rows[1:3]] == ["ac", "res"]
+    assert "0 of 3" in rows[5]
+    with pytest.raises(UserError, match=r"metrics.jsonl|config.json"):
+        depth_report([tmp_path], tmp_path / "out2", 0.5)
+    assert not (tmp_path / "out2").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", sorted(TOOLS.glob("*.py")), ids=lambda tool: tool.stem)
+def test_tools_answer_help(tool: Path) -> None:
+    done = subprocess.run([sys.executable, tool, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "usage:" in done.stdout

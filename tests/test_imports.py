@@ -1,0 +1,63 @@
+"""Imports go one way, heavy packages stay where they belong, and no module hides another package's."""
+
+import ast
+import importlib.metadata
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "acn_scale"
+
+# A module may import from rows above its own, and from its own row within one package.
+ROWS = [
+    {"config"},
+    {"cli", "distributed"},
+    {"log", "runs", "models", "data", "optim"},
+    {"engine", "checkpoint", "depth"},
+    {"pretrain", "report"},
+]
+ONLY_IN = {"deepspeed": {"engine", "checkpoint"}, "webdataset": {"data"}, "submitit": set()}
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_imports_go_one_way() -> None:
+    row_of = {name: number for number, row in enumerate(ROWS) for name in row}
+    modules = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+    assert {part(path) for path in modules} == set(row_of)
+    for path in modules:
+        mine = part(path)
+        for name in imports(path):
+            if name.startswith("acn_scale.") and (other := name.split(".")[1]) != mine:
+                allowed = row_of[other] < row_of[mine]
+                assert allowed, f"{path} imports {name}"
+
+
+def test_heavy_packages_stay_where_they_belong() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        top_level = {name.split(".")[0] for name in imports(path)}
+        for package, places in ONLY_IN.items():
+            assert package not in top_level or part(path) in places, f"{path} imports {package}"
+
+
+def test_no_module_hides_another_package() -> None:
+    """`python acn_scale/pretrain.py` puts acn_scale/ first on the path."""
+    ours = {part(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
+    assert not ours & set(importlib.metadata.packages_distributions())
+
+
+def test_tools_hold_no_algorithm() -> None:
+    for path in (ROOT / "tools").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert [node.name for node in tree.body if isinstance(node, ast.FunctionDef)] == ["main"], path
