@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from acn_scale import distributed
-from acn_scale.config import UserError
 from acn_scale.data.stream import Stream
+from acn_scale.errors import UserError
 from acn_scale.runs import read_json, write_json
 
 log = logging.getLogger(__name__)

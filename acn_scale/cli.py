@@ -1,6 +1,8 @@
 """Command line and TOML file -> Config; a user's mistake -> one line and exit code 2."""
 
 import difflib
+import logging
+import os
 import sys
 import tomllib
 import typing
@@ -11,17 +13,22 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from acn_scale.config import Config, Section, UserError
+from acn_scale.config import Config, Section
+from acn_scale.errors import UserError
 
 USAGE = "usage: {program} --config FILE.toml [key.sub=value ...]"
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run `main`; a UserError becomes one line on standard error and exit code 2."""
+    """Run `main`; a UserError becomes one line on standard error and exit code 2.
+
+    Until the run's log is open all ranks make the same checks, and rank 0 speaks for all.
+    """
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or logging.getLogger("acn_scale").handlers:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

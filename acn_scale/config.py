@@ -1,10 +1,11 @@
 """One frozen, strict model of a run. Every key, its meaning and its default stand here and nowhere else."""
 
-import re
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, model_validator
+
+from acn_scale.durations import Duration
+from acn_scale.errors import UserError
 
 Pattern = Literal["feedforward", "residual", "acn", "acn_detached", "highway", "dense", "denseformer"]
 Init = Literal["xavier", "normal", "torch"]
@@ -16,42 +17,6 @@ VIT_SIZES = {
     "B": {"dim": 768, "depth": 12, "num_heads": 12},
     "L": {"dim": 1024, "depth": 24, "num_heads": 16},
 }
-
-
-class UserError(ValueError):
-    """A mistake of the user's: shown as one line without a traceback; the process exits with code 2."""
-
-
-def _duration(text: str) -> str:
-    if not re.fullmatch(r"\d+(\.\d+)?(ep|step|run)", text):
-        raise ValueError("a number and a unit: '90ep' (epochs), '5000step' or '0.06run' (share of the run)")
-    return text
-
-
-Duration = Annotated[str, AfterValidator(_duration)]
-
-
-@dataclass(frozen=True)
-class Horizon:
-    """Turns durations into optimizer steps: `steps` is the whole run's length."""
-
-    samples_per_epoch: int
-    global_batch_size: int
-    steps: int = 0
-
-    @classmethod
-    def of(cls, length: Duration, samples_per_epoch: int, global_batch_size: int) -> "Horizon":
-        """The horizon of a run of `length`. Raises UserError where that is less than one step."""
-        steps = cls(samples_per_epoch, global_batch_size).count(length)
-        if steps < 1:
-            raise UserError(f"train.length = {length}: less than one step; one epoch has {samples_per_epoch} samples")
-        return cls(samples_per_epoch, global_batch_size, steps)
-
-    def count(self, duration: Duration) -> int:
-        """Steps in `duration`, rounded to the nearest."""
-        number, unit = re.fullmatch(r"([\d.]+)(ep|step|run)", duration).groups()
-        steps_per_unit = {"ep": self.samples_per_epoch / self.global_batch_size, "step": 1, "run": self.steps}
-        return round(float(number) * steps_per_unit[unit])
 
 
 class Section(BaseModel):

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acn_scale.config import Config, UserError
+from acn_scale.config import Config
+from acn_scale.errors import UserError
 from acn_scale.optim import build_optimizer
 
 

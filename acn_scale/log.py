@@ -51,7 +51,7 @@ class Metrics:
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             temporary.replace(path)
-            self._file = path.open("a", buffering=1)
+            self._file = path.open("a")
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def __enter__(self) -> "Metrics":
@@ -66,8 +66,14 @@ class Metrics:
         """Names have slashes: train/loss, eval/depth_06/accuracy."""
         if self._file:
             self._file.write(json.dumps({"step": step} | values) + "\n")
+            self._file.flush()
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Have TensorBoard's file written too; a line of metrics.jsonl is as soon as it is made."""
+        if self._board:
+            self._board.flush()
 
     def draw(self, step: int, name: str, figure: Figure) -> None:
         """A picture, in TensorBoard only."""

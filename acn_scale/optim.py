@@ -5,7 +5,8 @@ import math
 import torch
 from torch import nn
 
-from acn_scale.config import Horizon, OptimConfig
+from acn_scale.config import OptimConfig
+from acn_scale.durations import Horizon
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from acn_scale import checkpoint, distributed
 from acn_scale.cli import config_from_args, exit_on_user_error
-from acn_scale.config import Config, Duration, Horizon
+from acn_scale.config import Config
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.depth import cutoff, depth_figure, evaluate, tokens_per_sample
+from acn_scale.durations import Duration, Horizon
 from acn_scale.engine import build_engine, train_step
 from acn_scale.log import Metrics, Window, setup_logging
 from acn_scale.models import build_model
@@ -65,6 +66,7 @@ def train(cfg: Config, device: torch.device) -> None:
                     log_evaluation(metrics, step, evaluate(engine.module, evaluation, device), cfg.eval.tolerance)
             if due(cfg.checkpoint.every, step):
                 with window.paused():
+                    metrics.flush()
                     checkpoint.save(engine, stream, folder, step, keep=cfg.checkpoint.keep)
             progress.update()
     log.info("finished at step %d; results in %s", step, folder)

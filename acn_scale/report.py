@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from acn_scale.config import Config, TextDataConfig, UserError
+from acn_scale.config import Config, TextDataConfig
 from acn_scale.data.shards import ShardIndex
 from acn_scale.depth import cost, cutoff, depth_figure
+from acn_scale.errors import UserError
 from acn_scale.runs import read_config, read_metrics
 
 

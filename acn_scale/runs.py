@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from acn_scale import distributed
-from acn_scale.config import Config, UserError
+from acn_scale.config import Config
+from acn_scale.errors import UserError
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "sentencepiece", "numpy", "pydantic")
 
@@ -52,21 +54,23 @@ def open_run_folder(cfg: Config) -> Path:
 
 def environment() -> dict[str, Any]:
     """What a result may depend on besides its config."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
     return {
         "command": sys.argv,
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": _git_commit(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def _git_commit() -> str | None:
+    """Of this package's checkout, with "-dirty" where files differ from it; None where it is none."""
+    if shutil.which("git") is None:
+        return None
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    return subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,9 @@ from pydantic import ValidationError
 
 from acn_scale import pretrain
 from acn_scale.cli import config_from_args, help_text, load_config
-from acn_scale.config import Config, Horizon, Section, UserError
+from acn_scale.config import Config, Section
+from acn_scale.durations import Horizon
+from acn_scale.errors import UserError
 
 TINY = """
 [run]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from acn_scale.cli import load_config
-from acn_scale.config import Horizon
+from acn_scale.durations import Horizon
 from acn_scale.models import build_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"

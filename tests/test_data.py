@@ -11,12 +11,13 @@ import webdataset as wds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from acn_scale.config import BertConfig, Config, TextDataConfig, UserError
+from acn_scale.config import BertConfig, Config, TextDataConfig
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.make import make_text_shards, train_source_tokenizer, write_shards
 from acn_scale.data.shards import ShardIndex, ShardReader
 from acn_scale.data.stream import Key
 from acn_scale.data.text import CLS, MASK, SEP, TextDecoder, load_tokenizer, pack, unigram_loss
+from acn_scale.errors import UserError
 
 
 def test_plain_webdataset_reads_our_shards(digits: Path) -> None:

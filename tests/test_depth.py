@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from test_pretrain import run
 
-from acn_scale.config import Config, Horizon, MixerConfig, OptimConfig, UserError, ViTConfig
+from acn_scale.config import Config, MixerConfig, OptimConfig, ViTConfig
 from acn_scale.depth import cost, cutoff
+from acn_scale.durations import Horizon
+from acn_scale.errors import UserError
 from acn_scale.models import build_model
 from acn_scale.optim import learning_rate, parameter_groups
 from acn_scale.report import depth_report

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from acn_scale import distributed
-from acn_scale.config import Config, Horizon
+from acn_scale.config import Config
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.depth import evaluate
+from acn_scale.durations import Horizon
 from acn_scale.engine import build_engine, deepspeed_config, gradient_norms, train_step
 from acn_scale.models import build_model
 from acn_scale.optim import build_optimizer, learning_rate

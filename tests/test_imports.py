@@ -9,6 +9,8 @@ PACKAGE = ROOT / "acn_scale"
 
 # A module may import from rows above its own, and from its own row within one package.
 ROWS = [
+    {"errors"},
+    {"durations"},
     {"config"},
     {"cli", "distributed"},
     {"log", "runs", "models", "data", "optim"},

@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from acn_scale import pretrain
 from acn_scale.cli import load_config
-from acn_scale.config import Config, UserError
+from acn_scale.config import Config
+from acn_scale.errors import UserError
 from acn_scale.runs import check_run_folder, run_folder
 
 SCRIPT = Path(pretrain.__file__)
@@ -69,7 +70,8 @@ def named(cfg: Config, name: str) -> Config:
 def test_resuming_equals_never_stopping(two_ranks: Callable, vit: Callable[..., Config], stage: int) -> None:
     """Bit for bit, with dropout, augmentation and accumulation, across the end of an epoch; twice, at other places."""
     train = {"zero_stage": stage, "global_batch_size": 96, "micro_batch_size": 16, "log_every": "1step"}
-    unbroken = vit(train=train, model={"dropout": 0.1}, data={"augment": "cifar"}, optim={"schedule": "wsd"})
+    data = {"augment": "cifar", "workers": int(stage == 2)}
+    unbroken = vit(train=train, model={"dropout": 0.1}, data=data, optim={"schedule": "wsd"})
     broken = named(unbroken, "broken")
     two_ranks(run, unbroken)
     for step in (8, 14):
@@ -186,6 +188,9 @@ def test_sigkill_loses_nothing(tmp_path: Path, digits: Path) -> None:
         process.wait()
     subprocess.run(killed, check=True, capture_output=True)
     path = Path(arguments[2])
+    board = EventAccumulator(str(tmp_path / "runs/tiny/tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 301))
     assert measured(load_config(path)) == measured(load_config(path, ["run.name=unbroken"]))
 
 
@@ -201,7 +206,7 @@ def test_launchers(tmp_path: Path, digits: Path, launcher: list[str]) -> None:
         return subprocess.run(arguments, capture_output=True, text=True, env=environment)
 
     bad = launch("data.train=nowhere")
-    assert "error: nowhere/index.json: No such file or directory" in bad.stderr
+    assert bad.stderr.count("error: nowhere/index.json: No such file or directory") == 1
     assert "Traceback" not in bad.stderr.split("torch/distributed")[0]
     assert not (tmp_path / "runs").exists()
     if launcher[0] == "deepspeed":

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acn_scale.config import Config, UserError
+from acn_scale.config import Config
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.shards import Order
 from acn_scale.data.stream import Stream
+from acn_scale.errors import UserError
 
 sizes = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 

@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from acn_scale.config import ImageDataConfig, ImageModelConfig, UserError
+from acn_scale.config import ImageDataConfig, ImageModelConfig
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.stream import Batch, Key
+from acn_scale.errors import UserError
 
 ENCODINGS = ("png", "jpg", "jpeg", "webp")
 

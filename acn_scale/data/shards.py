@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
-from acn_scale.config import UserError
+from acn_scale.errors import UserError
 
 INDEX_NAME = "index.json"
 

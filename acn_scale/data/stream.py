@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from acn_scale.config import UserError
 from acn_scale.data.shards import Order, ShardIndex, ShardReader
+from acn_scale.errors import UserError
 
 Batch = dict[str, Tensor]
 
@@ -67,7 +67,12 @@ class Samples(Dataset):
 def _loader(samples: Samples, batches: Any, workers: int) -> DataLoader:
     """The generator is the loader's own: it draws a number when it starts, which must not shift the model's dropout."""
     return DataLoader(
-        samples, batch_sampler=batches, num_workers=workers, collate_fn=_as_is, generator=torch.Generator()
+        samples,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_is,
+        generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
     )
 
 

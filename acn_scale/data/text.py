@@ -9,9 +9,10 @@ import numpy as np
 import sentencepiece
 import torch
 
-from acn_scale.config import BertConfig, TextDataConfig, UserError
+from acn_scale.config import BertConfig, TextDataConfig
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.stream import Batch, Key
+from acn_scale.errors import UserError
 
 PAD, UNK, CLS, SEP, MASK = range(5)  # ids of the special pieces in every tokenizer
 TOKENIZER_NAME = "tokenizer.model"

@@ -1,0 +1,41 @@
+"""Lengths of time in a config, with their unit, and the optimizer steps they come to."""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from acn_scale.errors import UserError
+
+
+def _duration(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?(ep|step|run)", text):
+        raise ValueError("a number and a unit: '90ep' (epochs), '5000step' or '0.06run' (share of the run)")
+    return text
+
+
+Duration = Annotated[str, AfterValidator(_duration)]
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Turns durations into optimizer steps: `steps` is the whole run's length."""
+
+    samples_per_epoch: int
+    global_batch_size: int
+    steps: int = 0
+
+    @classmethod
+    def of(cls, length: Duration, samples_per_epoch: int, global_batch_size: int) -> "Horizon":
+        """The horizon of a run of `length`. Raises UserError where that is less than one step."""
+        steps = cls(samples_per_epoch, global_batch_size).count(length)
+        if steps < 1:
+            raise UserError(f"train.length = {length}: less than one step; one epoch has {samples_per_epoch} samples")
+        return cls(samples_per_epoch, global_batch_size, steps)
+
+    def count(self, duration: Duration) -> int:
+        """Steps in `duration`, rounded to the nearest."""
+        number, unit = re.fullmatch(r"([\d.]+)(ep|step|run)", duration).groups()
+        steps_per_unit = {"ep": self.samples_per_epoch / self.global_batch_size, "step": 1, "run": self.steps}
+        return round(float(number) * steps_per_unit[unit])
