@@ -53,6 +53,13 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     assert epoch(0, 0)[:30] != sorted(epoch(0, 0)[:30])
 
 
+def test_shards_are_permuted_anew_in_each_epoch() -> None:
+    order = Order(np.full(10, 1), seed=0, streams=1, window=1)
+    epochs = [[order.locate(epoch, position)[0] for position in range(10)] for epoch in range(3)]
+    assert epochs[0] != list(range(10))
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
 def global_batches(cfg: Config, world_size: int, steps: int, first: int = 0) -> list[torch.Tensor]:
     """The images of each step, put together from all ranks and brought into the order of positions."""
     streams = [build_stream(cfg, rank, world_size) for rank in range(world_size)]
