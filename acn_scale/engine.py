@@ -43,6 +43,7 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
 
     if cfg.train.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
         raise UserError(f"train.precision = fp16: not supported on this {device.type}; fp32 and bf16 are")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or a CPU run compiles it for a minute; gloo does
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says on a CPU that there is no CUDA
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's own calls

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-PATIENCE = 120  # seconds for one call
+PATIENCE = 400  # seconds for one call
 GRACE = 5  # seconds for the others after one rank has failed: they may hang in a collective
 
 
