@@ -50,7 +50,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 def train_source_tokenizer(source: str, vocab_size: int, folder: Path) -> Path:
     """Train the tokenizer on a source's training documents."""
-    return train_tokenizer(_documents(source, "train"), vocab_size, folder)
+    return train_tokenizer(source_documents(source, "train"), vocab_size, folder)
 
 
 def make_text_shards(
@@ -58,8 +58,8 @@ def make_text_shards(
 ) -> ShardIndex:
     """Write packed sequences of `tokens` ids as .npy records. The index holds the loss of guessing by frequency."""
     tokenizer = load_tokenizer(tokenizer_folder)
-    train = list(pack(_documents(source, "train"), tokenizer, tokens))
-    sequences = train if split == "train" else list(pack(_documents(source, split), tokenizer, tokens))
+    train = list(pack(source_documents(source, "train"), tokenizer, tokens))
+    sequences = train if split == "train" else list(pack(source_documents(source, split), tokenizer, tokens))
     info = {
         "kind": "text",
         "source": source,
@@ -79,7 +79,7 @@ def make_text_shards(
     )
 
 
-def _documents(source: str, split: str) -> Iterator[str]:
+def source_documents(source: str, split: str) -> Iterator[str]:
     """The documents of a split. A document's own hash decides, so that it never changes sides."""
     for document in TEXT_SOURCES[source]():
         share = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8]) / 2**64
