@@ -1,4 +1,4 @@
-"""The three models: the laws that hold for all of them, exact sizes, and equality with the reference libraries."""
+"""The three models: the laws that hold for all of them, exact sizes, options and heads."""
 
 import subprocess
 import sys
@@ -37,7 +37,9 @@ def batch_for(model: nn.Module) -> dict[str, Tensor]:
     if type(model).__name__ != "Bert":
         return {"images": torch.randn(4, *model.embed.image_shape), "labels": torch.tensor([0, 1, 2, 4])}
     masked = torch.tensor([[1, 3], [0, 6], [2, 5], [4, 6]])
-    return {"tokens": torch.randint(5, 30, (4, 7)), "masked": masked, "labels": torch.randint(5, 30, (4, 2))}
+    inputs = {"tokens": torch.randint(5, 30, (4, 7)), "masked": masked, "labels": torch.randint(5, 30, (4, 2))}
+    mask = torch.arange(7) < torch.tensor([[4], [7], [6], [7]])
+    return inputs | {"segments": torch.randint(0, 2, (4, 7)), "mask": mask}
 
 
 def randomize(model: nn.Module) -> None:
@@ -53,8 +55,8 @@ every_pattern = pytest.mark.parametrize("connectivity", CONNECTIVITY)
 @every_model
 @every_pattern
 def test_truncate_equals_readouts(build: Any, connectivity: str) -> None:
-    """Bit for bit, at every depth, through the shared head."""
-    model = build(connectivity=connectivity).eval()
+    """Bit for bit, at every depth, through the shared head; dropout is off."""
+    model = build(connectivity=connectivity, dropout=0.1).eval()
     randomize(model)
     batch = batch_for(model)
     readouts = list(model.readouts(**batch))
@@ -67,17 +69,20 @@ def test_truncate_equals_readouts(build: Any, connectivity: str) -> None:
 @every_model
 @every_pattern
 def test_recompute_changes_nothing_and_every_weight_learns(build: Any, connectivity: str) -> None:
-    model = build(connectivity=connectivity, dropout=0.1)
-    batch = batch_for(model)
-    gradients = []
+    """Bit for bit, with dropout; the block does run twice."""
+    batch = batch_for(build())
+    losses, gradients, calls = [], [], []
     for recompute in (False, True):
-        model.trunk.recompute = recompute
-        model.zero_grad()
         torch.manual_seed(0)
-        model(**batch)["loss"].backward()
-        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
-    assert all(gradient.abs().sum() > 0 for gradient in gradients[0].values())
+        model = build(connectivity=connectivity, dropout=0.1, recompute=recompute)
+        model.trunk.blocks[0].register_forward_pre_hook(lambda *_, recompute=recompute: calls.append(recompute))
+        losses.append(model(**batch)["loss"])
+        losses[-1].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert calls == [False, True, True]
+    assert torch.equal(*losses)
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[0])
 
 
 @every_model
@@ -95,6 +100,24 @@ def test_inner_patterns(build: Any) -> None:
     torch.testing.assert_close(acn.trunk(x), sum(residual.trunk.readouts(x)))
 
 
+@pytest.mark.parametrize("build, norm", [(vit, "pre"), (mixer, "pre"), (bert, "pre"), (bert, "post")])
+def test_acn_is_equation_1(build: Any, norm: str) -> None:
+    """The trunk is x_0 + f_1(x_0) + ...; a block f_i has no skips, and post-LN norms the branch alone."""
+    model = build(**({"norm": norm} if build is bert else {})).eval()
+    randomize(model)
+    batch = batch_for(model)
+    mask = batch.get("mask")
+    outputs = [model.embed(*(batch[name] for name in ("images", "tokens", "segments") if name in batch))]
+    for block in model.trunk.blocks:
+        x = outputs[-1]
+        for index, sublayer in enumerate(block.blocks):
+            assert isinstance(sublayer.norm, nn.LayerNorm) == (norm == "pre")
+            x = sublayer.op(sublayer.norm(x), mask)
+            x = block.norms[index](x) if norm == "post" else x
+        outputs.append(x)
+    torch.testing.assert_close(model.trunk(outputs[0], mask), sum(outputs))
+
+
 @every_model
 def test_twins_start_from_the_same_weights(build: Any) -> None:
     weights = []
@@ -103,6 +126,18 @@ def test_twins_start_from_the_same_weights(build: Any) -> None:
         weights.append(build(connectivity=connectivity).state_dict())
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@every_model
+def test_initial_weights(build: Any) -> None:
+    """Each scheme's own for a map from 16 to 64; a join keeps the start of its pattern."""
+    shape = {"channel_dim": 64} if build is mixer else {}
+    for init, bound in (("xavier", (6 / 80) ** 0.5), ("normal", 0.1), ("torch", 0.25)):
+        model = build(connectivity="highway", init=init, **shape)
+        assert all((join.gate.bias == -2).all() for join in model.trunk.joins)
+        fc1 = model.trunk.blocks[0].blocks[1].op.fc1
+        assert 0.5 * bound < fc1.weight.abs().max() < bound
+        assert (fc1.bias == 0).all() == (init != "torch")
 
 
 def size(model: nn.Module) -> int:
@@ -143,6 +178,52 @@ def test_layer_options_of_the_authors() -> None:
     torch.testing.assert_close(normed(x), F.layer_norm(plain(x), (4,), eps=1e-6))
     wrapper = Wrapper(mlp, 4)
     torch.testing.assert_close(wrapper(x), F.layer_norm(F.relu(wrapper.proj(mlp(x)) + x), (4,)))
+
+
+def test_options_reach_the_model() -> None:
+    attention, mlp = vit(attention_norm=True, mlp_bypass=True).trunk.blocks[0].blocks
+    assert isinstance(attention.op.out_norm, nn.LayerNorm) and mlp.op.bypass
+    embed = vit(positions="sincos", image_size=12).embed  # 3 x 3 patches
+    embed.proj.weight.data.zero_()
+    angle = torch.tensor([1.0, 2.0]).outer(1e4 ** -(torch.arange(4) / 3))  # of column 1, row 2
+    expected = torch.cat([angle[0].sin(), angle[0].cos(), angle[1].sin(), angle[1].cos()])
+    torch.testing.assert_close(embed(torch.zeros(1, 3, 12, 12))[0, 1 + 2 * 3 + 1], expected)
+
+
+def test_pooling_of_the_authors() -> None:
+    for model in (vit(pool="mean_all"), mixer(pool="cls")):
+        randomize(model)
+        head, x = model.head, torch.randn(2, model.embed.num_tokens, 16)
+        assert x.shape[1] == 1 + 4
+        pooled = head.norm(x.mean(dim=1)) if head.pool == "mean_all" else head.norm(x[:, 0])
+        torch.testing.assert_close(head(x), head.linear(pooled))
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_pre_norm_bert_norms_the_readout(num_classes: int) -> None:
+    model = bert(norm="pre", num_classes=num_classes)
+    randomize(model)
+    head, x = model.head, torch.randn(2, 5, 16)
+    normed = F.layer_norm(x, (16,), *head.final_norm.parameters(), eps=1e-12)
+    if num_classes:
+        expected = head.linear(head.pooler(normed[:, 0]).tanh())
+    else:
+        expected = head.decoder(head.norm(F.gelu(head.dense(normed))))
+    torch.testing.assert_close(head(x, torch.arange(5).expand(2, 5)), expected)
+
+
+@every_model
+def test_loss_is_fp32_in_bf16(build: Any) -> None:
+    model = build().bfloat16()
+    assert model(**batch_for(model))["loss"].dtype == torch.float32
+
+
+def test_label_smoothing() -> None:
+    model = vit(label_smoothing=0.1)
+    batch = batch_for(model)
+    out = model(**batch)
+    target = 0.9 * F.one_hot(batch["labels"], 5) + 0.1 / 5
+    torch.testing.assert_close(out["loss"], -(target * out["logits"].log_softmax(dim=-1)).sum(dim=-1).mean())
 
 
 def test_inputs_of_another_shape_are_refused() -> None:

@@ -70,6 +70,7 @@ def _loader(samples: Samples, batches: Any, workers: int) -> DataLoader:
         samples,
         batch_sampler=batches,
         num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # nothing is sent over: open shards are not to be pickled
         collate_fn=_as_is,
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
