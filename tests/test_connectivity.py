@@ -80,7 +80,7 @@ def test_linear_patterns_equal_the_connection_matrix(pattern: str, depth: int) -
     blocks = [Branch(nn.Sequential(layer, nn.Tanh())) for layer in layers]
     trunk = Trunk(blocks, pattern, 5).double()
     inputs, outputs = connections(pattern, trunk)
-    x = torch.randn(2, 3, 5).double()  # the ACN rounds x_0 to fp32
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
 
     def mix(row: Tensor, branches: list[Tensor]) -> Tensor:
         return sum(weight * branch for weight, branch in zip(row, branches, strict=True))

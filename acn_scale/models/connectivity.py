@@ -52,12 +52,12 @@ class Residual(Connectivity):
 class AutoCompressing(Connectivity):
     """x_i = f_i(x_{i-1}); output x_0 + x_1 + ... + x_L (Dorovatas et al. 2025, Eq. 1).
 
-    The sum is kept in fp32: in bf16 its rounding error grows with depth.
+    The sum is kept in fp32 at least: in bf16 its rounding error grows with depth.
     """
 
     @staticmethod
     def start(x: Tensor) -> State:
-        return (x, x.float())
+        return (x, x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def forward(self, state: State, y: Tensor) -> State:
         return (y, state[1] + y)
