@@ -62,10 +62,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not TOML: {error}") from None
 
 
@@ -80,9 +80,10 @@ def _read_base(path: Path, base: object) -> dict[str, Any]:
 
 def _parse(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        values = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text  # a bare string, as in run.name=first_try
+    return values["value"] if len(values) == 1 else text
 
 
 def _nested(keys: list[str], value: Any) -> dict[str, Any]:
@@ -100,23 +101,36 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first mistake in one line: key, value, and what would be valid."""
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    if len(location) > 1 and location[0] in ("model", "data"):
-        del location[1]  # the tag pydantic puts in for a section that has kinds
-    key = ".".join(location)
-    if first["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(key, [name for name, _ in _fields()], n=1, cutoff=0.5)
-        return f"{key}: no such key" + (f"; the nearest is {nearest[0]}" if nearest else "; --help lists all")
-    if first["type"] == "missing":
-        return f"{key}: missing; it has no default"
+    """One mistake in one line: key, value, what would be valid. A misspelt key comes before what is missing for it."""
+    errors = error.errors()
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+    location = [str(part).replace("\n", "\\n") for part in first["loc"]]
+    kind = location.pop(1) if len(location) > 1 and location[0] in ("model", "data") else None
+    key, given, details = ".".join(location), first["input"], first.get("ctx", {})
+    match first["type"]:
+        case "extra_forbidden":
+            return _explain_unknown(key, kind)
+        case "missing":
+            return f"{key}: missing; it has no default"
+        case "union_tag_not_found":
+            return f"{key}: missing {details['discriminator']}, which says what kind it is"
+        case "union_tag_invalid":
+            name = details["discriminator"].strip("'")
+            return f"{key}.{name} = {details['tag']!r}: must be one of {details['expected_tags']}"
+        case "model_type" | "model_attributes_type":
+            return f"{key} = {given!r}: must be a table, [{key}]"
+    if not isinstance(given, dict | BaseModel):
+        key = f"{key} = {given!r}"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "union_tag_not_found":
-        return f"{key}: missing {first['ctx']['discriminator']}, which says what kind it is"
-    if not isinstance(first["input"], dict | BaseModel):
-        key = f"{key} = {first['input']!r}"
     return (f"{key}: " if key else "") + message[0].lower() + message[1:]
+
+
+def _explain_unknown(key: str, kind: str | None) -> str:
+    if key in dict(_fields()):
+        section = key.split(".")[0]
+        return f"{key}: not a key of {section}.{'name' if section == 'model' else 'kind'} = {kind}"
+    nearest = difflib.get_close_matches(key, [name for name, _ in _fields(kind=kind)], n=1, cutoff=0.5)
+    return f"{key}: no such key" + (f"; the nearest is {nearest[0]}" if nearest else "; --help lists all")
 
 
 def help_text() -> str:
@@ -133,13 +147,22 @@ def help_text() -> str:
     )
 
 
-def _fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def _fields(
+    section: type[BaseModel] = Config, prefix: str = "", kind: str | None = None
+) -> Iterator[tuple[str, FieldInfo]]:
+    """The keys of all kinds of model and data, or, where `kind` names one of them, of that one."""
     for name, field in section.model_fields.items():
-        options = [kind for kind in (field.annotation, *typing.get_args(field.annotation)) if _is_section(kind)]
-        for option in options:
-            yield from _fields(option, f"{prefix}{name}.")
+        options = [each for each in (field.annotation, *typing.get_args(field.annotation)) if _is_section(each)]
+        for option in [each for each in options if kind in _tags(each)] or options:
+            yield from _fields(option, f"{prefix}{name}.", kind)
         if not options:
             yield f"{prefix}{name}", field
+
+
+def _tags(section: type[BaseModel]) -> tuple[str, ...]:
+    """The values of `name` or `kind` that choose this section among others."""
+    tags = [field for name, field in section.model_fields.items() if name in ("name", "kind")]
+    return typing.get_args(tags[0].annotation) if tags else ()
 
 
 def _is_section(kind: Any) -> bool:

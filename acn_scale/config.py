@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, model_validator
 
-from acn_scale.durations import Duration
+from acn_scale.durations import Duration, Length
 from acn_scale.errors import UserError
 
 Pattern = Literal["feedforward", "residual", "acn", "acn_detached", "highway", "dense", "denseformer"]
@@ -27,8 +27,10 @@ class RunConfig(Section):
     name: str = Field(
         pattern=r"^\w[\w.=-]*(/\w[\w.=-]*)*$", description="results go to <dir>/<name>; a name may hold slashes"
     )
-    dir: str = Field("runs", description="folder of all runs")
-    seed: int = Field(0, ge=0, description="of the initial weights, the order of the data, and every random draw")
+    dir: str = Field("runs", min_length=1, description="folder of all runs")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="of the initial weights, the order of the data, and every random draw"
+    )
 
 
 class TrunkConfig(Section):
@@ -50,7 +52,7 @@ class TrunkConfig(Section):
 class ImageModelConfig(TrunkConfig):
     image_size: int = Field(ge=1, description="height and width of the input in pixels")
     patch_size: int = Field(ge=1, description="height and width of a patch in pixels")
-    channels: int = Field(3, ge=1, description="channels of the input: 3 for colour, 1 for grey")
+    channels: Literal[1, 3] = Field(3, description="channels of the input: 3 for colour, 1 for grey")
     num_classes: int = Field(ge=2, description="number of classes")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
 
@@ -83,8 +85,12 @@ class ViTConfig(ImageModelConfig):
         return values
 
     @model_validator(mode="after")
-    def _whole_heads(self) -> "ViTConfig":
-        return _check_heads(self)
+    def _widths_fit(self) -> "ViTConfig":
+        if self.positions == "sincos" and (self.dim % 4 or self.dim < 8):
+            raise ValueError(f"dim = {self.dim}: positions = 'sincos' takes a multiple of 4 from 8 on")
+        if self.mlp_bypass and self.mlp_ratio < 1:
+            raise ValueError(f"mlp_ratio = {self.mlp_ratio}: mlp_bypass takes 1 or more")
+        return _check_widths(self)
 
 
 class MixerConfig(ImageModelConfig):
@@ -108,13 +114,15 @@ class BertConfig(TrunkConfig):
     init: Init = Field("normal", description="scheme of the initial weights")
 
     @model_validator(mode="after")
-    def _whole_heads(self) -> "BertConfig":
+    def _widths_fit(self) -> "BertConfig":
         if self.norm == "post" and self.inner not in ("auto", "feedforward", "residual", "highway"):
             raise ValueError(f"inner = {self.inner}: norm = 'post' takes feedforward, residual or highway")
-        return _check_heads(self)
+        return _check_widths(self)
 
 
-def _check_heads(model):
+def _check_widths(model):
+    if round(model.mlp_ratio * model.dim) < 1:
+        raise ValueError(f"mlp_ratio = {model.mlp_ratio}: leaves the MLP of dim = {model.dim} no hidden width")
     if model.dim % model.num_heads:
         raise ValueError(f"num_heads = {model.num_heads} must divide dim = {model.dim}")
     return model
@@ -126,8 +134,8 @@ ModelConfig = Annotated[ViTConfig | MixerConfig | BertConfig, Discriminator("nam
 class StreamConfig(Section):
     """What all data share: where the shards are and in which order they are read."""
 
-    train: str = Field(description="folder of training shards with their index.json")
-    eval: str = Field(description="folder of evaluation shards with their index.json")
+    train: str = Field(min_length=1, description="folder of training shards with their index.json")
+    eval: str = Field(min_length=1, description="folder of evaluation shards with their index.json")
     streams: int = Field(
         64, ge=1, description="canonical streams the data are split into; ranks that divide it read shards of their own"
     )
@@ -168,7 +176,9 @@ class OptimConfig(Section):
     """AdamW, without weight decay on biases and norms."""
 
     lr: float = Field(gt=0, description="peak learning rate")
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="decay of the two moments")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.999], min_length=2, max_length=2, description="decay of the two moments"
+    )
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.01, ge=0, description="decoupled: each step shrinks a weight by lr * weight_decay")
     schedule: Literal["cosine", "linear", "wsd"] = Field(
@@ -180,7 +190,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    length: Duration = Field(description="length of the run")
+    length: Length = Field(description="length of the run")
     global_batch_size: int = Field(ge=1, description="samples of one optimizer step over all ranks")
     micro_batch_size: int | None = Field(
         None, ge=1, description="samples of one forward pass on one rank; default: the rank's whole share"

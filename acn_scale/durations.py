@@ -10,12 +10,19 @@ from acn_scale.errors import UserError
 
 
 def _duration(text: str) -> str:
-    if not re.fullmatch(r"\d+(\.\d+)?(ep|step|run)", text):
+    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?(ep|step|run)", text):
         raise ValueError("a number and a unit: '90ep' (epochs), '5000step' or '0.06run' (share of the run)")
     return text
 
 
+def _length(text: str) -> str:
+    if text.endswith("run"):
+        raise ValueError("the length of the run itself: '90ep' (epochs) or '5000step'")
+    return text
+
+
 Duration = Annotated[str, AfterValidator(_duration)]
+Length = Annotated[Duration, AfterValidator(_length)]
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Horizon:
     steps: int = 0
 
     @classmethod
-    def of(cls, length: Duration, samples_per_epoch: int, global_batch_size: int) -> "Horizon":
+    def of(cls, length: Length, samples_per_epoch: int, global_batch_size: int) -> "Horizon":
         """The horizon of a run of `length`. Raises UserError where that is less than one step."""
         steps = cls(samples_per_epoch, global_batch_size).count(length)
         if steps < 1:
