@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from acn_scale.config import Config, Section
-from acn_scale.errors import UserError
+from acn_scale.errors import SharedError, UserError
 
 USAGE = "usage: {program} --config FILE.toml [key.sub=value ...]"
 
@@ -27,7 +27,8 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or logging.getLogger("acn_scale").handlers:
+        alike = isinstance(error, SharedError) or not logging.getLogger("acn_scale").handlers
+        if os.environ.get("RANK", "0") == "0" or not alike:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

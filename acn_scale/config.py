@@ -131,16 +131,37 @@ def _check_widths(model):
 ModelConfig = Annotated[ViTConfig | MixerConfig | BertConfig, Discriminator("name")]
 
 
+class RemoteConfig(Section):
+    """Shards behind a URL: how they are fetched and kept."""
+
+    cache_dir: str | None = Field(
+        None, min_length=1, description="folder on the node's own disk for them; default: in the temporary folder"
+    )
+    cache_gib: float = Field(100.0, gt=0, description="size of that folder; what was used longest ago is dropped")
+    timeout: float = Field(60.0, gt=0, description="seconds of silence after which a connection has failed")
+    retries: int = Field(6, ge=0, description="further attempts at a download, after about 1, 2, 4, ... 30 seconds")
+
+
 class StreamConfig(Section):
     """What all data share: where the shards are and in which order they are read."""
 
-    train: str = Field(min_length=1, description="folder of training shards with their index.json")
-    eval: str = Field(min_length=1, description="folder of evaluation shards with their index.json")
+    train: str = Field(
+        min_length=1, description="folder of training shards with their index.json; or s3:// gs:// hf:// https://"
+    )
+    eval: str = Field(min_length=1, description="folder or URL of evaluation shards with their index.json")
     streams: int = Field(
         64, ge=1, description="canonical streams the data are split into; ranks that divide it read shards of their own"
     )
     shuffle_window: int = Field(16384, ge=1, description="samples of a stream that are shuffled together")
     workers: int = Field(0, ge=0, description="loader processes of each rank; 0 loads in the training process")
+    on_bad_sample: Literal["fail", "skip"] = Field(
+        "fail", description="what a sample that cannot be read does: ends the run, or is replaced by another one"
+    )
+    max_bad_samples: int = Field(1000, ge=0, description="different samples a run may skip before it ends")
+    verify_checksums: bool = Field(
+        True, description="check each shard's sha256 when a rank first opens it (remote ones always when they arrive)"
+    )
+    remote: RemoteConfig = RemoteConfig()
 
 
 class ImageDataConfig(StreamConfig):
@@ -150,6 +171,7 @@ class ImageDataConfig(StreamConfig):
         description="none; RandomResizedCrop and flip; the same with RandAugment(2, 10); "
         "padded RandomCrop and AutoAugment's CIFAR-10 policy",
     )
+    random_erasing: float = Field(0.0, ge=0, le=1, description="probability of filling a rectangle with noise")
     mixup: float = Field(0.0, ge=0, description="alpha of Mixup's beta distribution; 0 turns it off")
     cutmix: float = Field(0.0, ge=0, le=1, description="probability of CutMix")
     mean: list[float] | None = Field(None, description="per channel, of pixels in 0..1; default: from index.json")
@@ -166,6 +188,7 @@ class ImageDataConfig(StreamConfig):
 class TextDataConfig(StreamConfig):
     kind: Literal["text"] = Field(description="what the shards hold")
     mask_ratio: float = Field(0.15, gt=0, lt=1, description="share of the tokens to predict")
+    whole_words: bool = Field(False, description="choose words to predict, with all their pieces, instead of pieces")
     group: ClassVar[int] = 1
 
 

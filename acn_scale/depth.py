@@ -23,14 +23,15 @@ def evaluate(model: nn.Module, evaluation: Evaluation, device: torch.device) -> 
     model.eval()
     sums: dict[str, torch.Tensor] = {}
     total = 0
-    for batch, count in evaluation:
+    for batch, counts in evaluation:
         batch = {name: values.to(device) for name, values in batch.items()}
-        total += count
+        total += int(counts.sum())
+        counts = counts.to(device)
         for depth, output in enumerate(model.readouts(**batch)):
             for name, values in model.score(output, **batch).items():
                 if name not in sums:
                     sums[name] = torch.zeros(len(model.trunk.blocks) + 1, dtype=torch.float64, device=device)
-                sums[name][depth] += values[:count].double().sum()
+                sums[name][depth] += values[counts].double().sum()
     model.train(was_training)
     total = distributed.sum_over_ranks(torch.tensor(float(total), dtype=torch.float64, device=device))
     return {name: (distributed.sum_over_ranks(values) / total).tolist() for name, values in sums.items()}

@@ -4,9 +4,14 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from acn_scale.errors import SharedError, UserError
+
+_control: dist.ProcessGroup | None = None  # for what ranks say to each other from the CPU
 
 
 @contextmanager
@@ -21,6 +26,8 @@ def process_group() -> Iterator[torch.device]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    global _control
+    _control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
     try:
         yield device
     finally:
@@ -70,6 +77,32 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Elementwise sum, the same on all ranks. Changes `values`."""
     dist.all_reduce(values)
     return values
+
+
+def union(items: list[Any]) -> list[Any]:
+    """The items of all ranks, by rank, on every rank. One small sum where no rank has any, which is the rule.
+
+    It goes from CPU to CPU, without waiting for what a GPU is still at.
+    """
+    counts = torch.tensor(len(items))
+    dist.all_reduce(counts, group=_control)
+    if counts == 0:
+        return []
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items, group=_control)
+    return [item for part in parts for item in part]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A UserError inside this, on any rank, is raised on all: none is left waiting for one that has gone."""
+    mistakes = []
+    try:
+        yield
+    except UserError as error:
+        mistakes.append(str(error))
+    for mistake in union(mistakes):
+        raise SharedError(mistake)
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -33,8 +33,9 @@ def main() -> None:
 def train(cfg: Config, device: torch.device) -> None:
     """The whole run, from its newest checkpoint where there is one. Call it on every rank."""
     rank, world_size = distributed.rank(), distributed.world_size()
-    stream = build_stream(cfg, rank, world_size)
-    evaluation = build_evaluation(cfg, rank, world_size)
+    with distributed.together():
+        stream = build_stream(cfg, rank, world_size, distributed.union)
+        evaluation = build_evaluation(cfg, rank, world_size, distributed.union)
     horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
     torch.manual_seed(cfg.run.seed)  # the same initial weights on every rank
     model = build_model(cfg.model)
@@ -60,7 +61,8 @@ def train(cfg: Config, device: torch.device) -> None:
             if skipped_in_a_row == cfg.train.max_skipped_steps:
                 raise RuntimeError(f"step {step}: {skipped_in_a_row} updates in a row skipped for non-finite gradients")
             if due(cfg.train.log_every, step):
-                log_training(metrics, progress, step, lr, window.read(), result.gradient_norms)
+                bad = {"data/bad_samples": len(stream.bad.known)}
+                log_training(metrics, progress, step, lr, window.read() | bad, result.gradient_norms)
             if due(cfg.eval.every, step):
                 with window.paused():
                     log_evaluation(metrics, step, evaluate(engine.module, evaluation, device), cfg.eval.tolerance)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from PIL import Image
 from sklearn.datasets import load_digits
 
-from acn_scale.config import BertConfig, Config, TextDataConfig
+from acn_scale.config import BertConfig, Config, RemoteConfig, TextDataConfig
 from acn_scale.data import build_evaluation, build_stream, sources
 from acn_scale.data.make import make_text_shards, source_documents, train_source_tokenizer, write_shards
 from acn_scale.data.shards import ShardIndex, ShardReader
+from acn_scale.data.storage import open_folder
 from acn_scale.data.stream import Key
 from acn_scale.data.text import CLS, MASK, SEP, TextDecoder, load_tokenizer, pack, unigram_loss
 from acn_scale.errors import UserError
@@ -32,15 +32,6 @@ def test_plain_webdataset_reads_our_shards(digits: Path) -> None:
     assert sorted((image.tobytes(), label) for image, label in samples) == expected
 
 
-def test_we_read_shards_of_plain_webdataset(tmp_path: Path) -> None:
-    with wds.TarWriter(str(tmp_path / "shard-000000.tar")) as tar:
-        for number in range(5):
-            tar.write({"__key__": f"some/folder/{number}", "txt": f"number {number}", "cls": number})
-    index = write_shards([], tmp_path, records_per_shard=1, info={})
-    index.shards.append(type("Shard", (), {"name": "shard-000000.tar"}))
-    assert bytes(ShardReader(index).read(0, 3)["txt"]) == b"number 3"
-
-
 def test_unfinished_folder_has_no_index(tmp_path: Path) -> None:
     """Shards come under their names only when whole, and their index last."""
 
@@ -55,76 +46,15 @@ def test_unfinished_folder_has_no_index(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {f"shard-00000{number}.tar" for number in range(3)}
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("", "not an index of shards"),
-        ('{"shards": [], "info": {}}', "lists no samples"),
-        (
-            '{"shards": [{"name": "a.tar", "samples": 3, "bytes": 1, "sha256": ""}], "info": {}}',
-            "lists a.tar, which is not",
-        ),
-        ('{"shards": [{"name": "a.tar"}], "info": {}}', "not an index of shards"),
-        ("[]", "not an index of shards"),
-    ],
-)
-def test_bad_indexes(tmp_path: Path, content: str, expected: str) -> None:
-    (tmp_path / "index.json").write_text(content)
-    with pytest.raises(UserError, match=expected):
-        ShardIndex.load(tmp_path)
-
-
-def image_folder(folder: Path, image: bytes, label: str = "1") -> Path:
-    records = [{"__key__": "0", "png": image, "cls": label.encode()}]
-    info = {"kind": "images", "classes": ["a", "b"], "mean": [0.5], "std": [0.5]}
-    write_shards(records, folder, records_per_shard=1, info=info)
-    return folder
-
-
-def png(width: int, height: int, mode: str = "L") -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, (width, height)).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("image", "label", "expected"),
-    [
-        (png(9, 8), "1", "an image of 8 x 9 pixels: model.image_size = 8"),
-        (b"", "1", "an image that cannot be decoded"),
-        (png(8, 8)[:40], "1", "an image that cannot be decoded"),
-        (png(8, 8), "10", "label b'10': must be a class 0 to 9"),
-        (png(8, 8), "-1", "label b'-1': must be a class 0 to 9"),
-    ],
-)
-def test_bad_samples_name_their_shard(
-    vit: Callable[..., Config], tmp_path: Path, image: bytes, label: str, expected: str
-) -> None:
-    folder = image_folder(tmp_path / "bad", image, label)
-    for workers in (0, 2):
-        with pytest.raises(UserError, match=expected) as raised:
-            next(build_stream(vit(data={"train": str(folder), "workers": workers})))
-        assert str(raised.value).startswith(f"{folder}/shard-000000.tar: sample 0: ")
-        assert "\n" not in str(raised.value)
-
-
-def test_truncated_shard(vit: Callable[..., Config], tmp_path: Path) -> None:
-    folder = image_folder(tmp_path / "cut", png(8, 8))
-    shard = folder / "shard-000000.tar"
-    shard.write_bytes(shard.read_bytes()[:700])
-    with pytest.raises(UserError, match="sample 0: "):
-        build_stream(vit(data={"train": str(folder)}))
-
-
 @pytest.mark.parametrize("augment", ["crop_flip", "randaugment", "cifar"])
 def test_augmentation_is_drawn_from_the_sample_alone(vit: Callable[..., Config], augment: str) -> None:
     """Not from torch's generator, which stays where it is; and anew in each epoch."""
     samples = build_stream(vit(data={"augment": augment, "streams": 1})).samples
     size = samples.num_samples
     torch.manual_seed(0)
-    together = samples.__getitems__([3, 4, 5])["images"]
+    together = samples.__getitems__([3, 4, 5]).batch["images"]
     state = torch.get_rng_state()
-    alone = torch.cat([samples.__getitems__([position])["images"] for position in (3, 4, 5)])
+    alone = torch.cat([samples.__getitems__([position]).batch["images"] for position in (3, 4, 5)])
     assert torch.equal(together, alone)
     assert torch.equal(torch.get_rng_state(), state)
     key = Key(seed=0, epoch=0, sample=7)
@@ -143,10 +73,10 @@ def test_evaluation_crops_the_centre_where_training_crops(vit: Callable[..., Con
 
 def test_mixing_keeps_the_labels_in_step(vit: Callable[..., Config]) -> None:
     """Mixup with the same share for pixels and labels; CutMix by area; both inside pairs."""
-    plain = build_stream(vit(data={"streams": 1})).samples.__getitems__(list(range(8)))
+    plain = build_stream(vit(data={"streams": 1})).samples.__getitems__(list(range(8))).batch
     for mixing in ({"mixup": 0.8}, {"cutmix": 1.0}):
         samples = build_stream(vit(data={"streams": 1} | mixing)).samples
-        batch = samples.__getitems__(list(range(8)))
+        batch = samples.__getitems__(list(range(8))).batch
         torch.testing.assert_close(batch["labels"].sum(1), torch.ones(8))
         images, labels = plain["images"], torch.nn.functional.one_hot(plain["labels"], 10).float()
         for first in range(0, 8, 2):
@@ -204,7 +134,10 @@ def test_masking(pydoc: Path) -> None:
     model = BertConfig(name="bert", connectivity="acn", vocab_size=512, max_tokens=32, depth=1, dim=8, num_heads=1)
     index = ShardIndex.load(pydoc / "train")
     data = TextDataConfig(kind="text", train=str(pydoc / "train"), eval=str(pydoc / "eval"))
-    decoder, reader = TextDecoder(data, model, index), ShardReader(index)
+    decoder, reader = (
+        TextDecoder(data, model, index),
+        ShardReader(open_folder(str(index.folder), index.shards, RemoteConfig())),
+    )
     files = reader.read(0, 0)
     original = np.load(io.BytesIO(files["npy"]))[3].astype(np.int64)
     changes = {"mask": 0, "same": 0, "other": 0}

@@ -2,14 +2,19 @@
 
 from acn_scale.config import Config, ImageDataConfig
 from acn_scale.data.images import ImageDecoder
-from acn_scale.data.shards import Order, ShardIndex
-from acn_scale.data.stream import Decoder, Evaluation, Samples, Stream
+from acn_scale.data.order import DiskOrder, Order
+from acn_scale.data.shards import ShardIndex
+from acn_scale.data.stream import Decoder, Evaluation, Samples, Share, Stream, alone
 from acn_scale.data.text import TextDecoder
+from acn_scale.errors import UserError
 
 
-def build_stream(cfg: Config, rank: int = 0, world_size: int = 1) -> Stream:
-    """This rank's training stream. Raises UserError for shards that are missing or do not fit the model."""
-    index = ShardIndex.load(cfg.data.train)
+def build_stream(cfg: Config, rank: int = 0, world_size: int = 1, share: Share = alone) -> Stream:
+    """This rank's training stream. `share` gives all ranks' items to each (distributed.union).
+
+    Raises UserError for shards that are missing or do not fit the model.
+    """
+    index = ShardIndex.load(cfg.data.train, cfg.data.remote)
     order = Order(
         index.samples_per_shard,
         seed=cfg.run.seed,
@@ -17,23 +22,29 @@ def build_stream(cfg: Config, rank: int = 0, world_size: int = 1) -> Stream:
         window=cfg.data.shuffle_window,
         group=cfg.data.group,
     )
-    samples = _probed(Samples(index, _decoder(cfg, index, index, training=True), cfg.run.seed, order))
+    decoder = _decoder(cfg, index, index, training=True)
     return Stream(
-        samples,
+        _probed(Samples(index, decoder, cfg.data, seed=cfg.run.seed, order=order)),
+        cfg.data,
         global_batch_size=cfg.train.global_batch_size,
         micro_batch_size=cfg.micro_batch_size(world_size),
         rank=rank,
         world_size=world_size,
-        workers=cfg.data.workers,
+        share=share,
     )
 
 
-def build_evaluation(cfg: Config, rank: int = 0, world_size: int = 1) -> Evaluation:
+def build_evaluation(cfg: Config, rank: int = 0, world_size: int = 1, share: Share = alone) -> Evaluation:
     """This rank's evaluation pass. Raises UserError for shards that are missing or do not fit the model."""
-    index, train = ShardIndex.load(cfg.data.eval), ShardIndex.load(cfg.data.train)
-    samples = _probed(Samples(index, _decoder(cfg, index, train, training=False), 0, None))
+    index, train = (ShardIndex.load(folder, cfg.data.remote) for folder in (cfg.data.eval, cfg.data.train))
+    decoder = _decoder(cfg, index, train, training=False)
     return Evaluation(
-        samples, batch_size=cfg.eval.batch_size, rank=rank, world_size=world_size, workers=cfg.data.workers
+        _probed(Samples(index, decoder, cfg.data, seed=0, order=DiskOrder(index.samples_per_shard))),
+        cfg.data,
+        batch_size=cfg.eval.batch_size,
+        rank=rank,
+        world_size=world_size,
+        share=share,
     )
 
 
@@ -44,6 +55,11 @@ def _decoder(cfg: Config, index: ShardIndex, train: ShardIndex, *, training: boo
 
 
 def _probed(samples: Samples) -> Samples:
-    """Read one sample now: what does not fit shows before anything is written."""
-    samples.__getitems__([0])
+    """Look for missing shards and read one sample now: what does not fit shows before anything is written."""
+    if not samples.skip:
+        if missing := samples.folder.missing():
+            raise UserError(f"{samples.folder.location}/index.json: lists {missing[0]}, which is not there")
+        loaded = samples.__getitems__([0])
+        for problem in [*filter(None, [loaded.mistake]), *loaded.faults]:
+            raise UserError(str(problem))
     return samples

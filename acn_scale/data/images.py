@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from acn_scale.config import ImageDataConfig, ImageModelConfig
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.stream import Batch, Key
-from acn_scale.errors import UserError
+from acn_scale.errors import BadData, UserError
 
 ENCODINGS = ("png", "jpg", "jpeg", "webp")
 
@@ -52,8 +52,8 @@ class ImageDecoder:
             "cifar": [v2.RandomCrop(size, padding=size // 8), v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)],
         }[self.cfg.augment]
 
-    def decode(self, files: dict[str, memoryview], row: int, key: Key) -> tuple[Tensor, int]:
-        """(image (channels, height, width) uint8, class). Raises UserError for what the model cannot take."""
+    def decode(self, files: dict[str, bytes], row: int, key: Key) -> tuple[Tensor, int]:
+        """(image (channels, height, width) uint8, class). Raises BadData for what the model cannot take."""
         image = self._image(files)
         if self.transforms:
             with _drawn_from(key):
@@ -61,20 +61,20 @@ class ImageDecoder:
         size = self.model.image_size
         if image.shape[1:] != (size, size):
             height, width = image.shape[1:]
-            raise UserError(f"an image of {height} x {width} pixels: model.image_size = {size}, and nothing crops it")
-        label = bytes(files.get("cls", b""))
+            raise BadData(f"an image of {height} x {width} pixels: model.image_size = {size}, and nothing crops it")
+        label = files.get("cls", b"").strip()
         if not label.isdigit() or int(label) >= self.model.num_classes:
-            raise UserError(f"label {label!r}: must be a class 0 to {self.model.num_classes - 1}")
+            raise BadData(f"label {label!r}: must be a class 0 to {self.model.num_classes - 1}")
         return image, int(label)
 
-    def _image(self, files: dict[str, memoryview]) -> Tensor:
+    def _image(self, files: dict[str, bytes]) -> Tensor:
         encoded = next((files[name] for name in ENCODINGS if name in files), None)
         if encoded is None:
-            raise UserError(f"no image: has {', '.join(files)} and none of {', '.join(ENCODINGS)}")
+            raise BadData(f"no image: has {', '.join(files)} and none of {', '.join(ENCODINGS)}")
         try:
             image = Image.open(io.BytesIO(encoded)).convert(self.mode)
         except (OSError, ValueError) as error:
-            raise UserError(f"an image that cannot be decoded: {error}") from None
+            raise BadData(f"an image that cannot be decoded: {error}") from None
         return v2.functional.pil_to_tensor(image)
 
     def collate(self, samples: list[tuple[Tensor, int]], keys: list[Key]) -> Batch:

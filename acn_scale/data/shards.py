@@ -1,4 +1,4 @@
-"""Shards on disk: plain webdataset tars and one index.json; and the order in which their samples are read.
+"""Shards: plain webdataset tars, the index.json that lists them, and random access to their records.
 
 A sample is one record of a tar (files that share a key), or one row of a record where `rows_per_record` says that
 records hold several (token sequences).
@@ -7,7 +7,8 @@ records hold several (token sequences).
 import functools
 import hashlib
 import json
-import mmap
+import os
+import re
 import tarfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,134 +17,151 @@ from typing import Any
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
-from acn_scale.errors import UserError
+from acn_scale.config import RemoteConfig
+from acn_scale.data.storage import Folder, Shard, read_file
+from acn_scale.errors import BadData, UserError
 
 INDEX_NAME = "index.json"
-
-
-@dataclass(frozen=True)
-class Shard:
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
 class ShardIndex:
     """What index.json says of a folder of shards. `info` describes the data set: kind, classes, mean, std, ..."""
 
-    folder: Path
+    folder: Path | str  # or a URL
     shards: list[Shard]
     info: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "ShardIndex":
-        """Raises UserError for a folder that is missing, holds no usable index, lists no samples or lacks a shard."""
-        path = Path(folder) / INDEX_NAME
+    def load(cls, folder: str | Path, remote: RemoteConfig | None = None) -> "ShardIndex":
+        """Of a folder or URL. Raises UserError where there is none, or one that is not usable or lists no samples."""
+        path = f"{folder}/{INDEX_NAME}"
         try:
-            values = json.loads(path.read_text())
-            index = cls(Path(folder), [Shard(**shard) for shard in values["shards"]], values["info"])
+            values = json.loads(read_file(str(folder), INDEX_NAME, remote or RemoteConfig()))
+            index = cls(folder, [Shard(**shard) for shard in values["shards"]], values["info"])
+            for shard in index.shards:
+                _check(shard)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; tools/make_*_shards.py write shards and their index") from None
+            raise UserError(
+                f"{path}: {error.strerror or error}; tools/make_*_shards.py write shards and their index"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{path}: not an index of shards: {error!r}") from None
         if index.num_samples == 0:
             raise UserError(f"{path}: lists no samples")
-        for shard in index.shards:
-            if not (index.folder / shard.name).is_file():
-                raise UserError(f"{path}: lists {shard.name}, which is not there")
         return index
 
     def save(self) -> None:
         text = json.dumps({"info": self.info, "shards": [asdict(shard) for shard in self.shards]}, indent=1)
-        temporary = self.folder / (INDEX_NAME + ".tmp")
+        path = Path(self.folder) / INDEX_NAME
+        temporary = path.with_suffix(".tmp")
         temporary.write_text(text)
-        temporary.rename(self.folder / INDEX_NAME)
+        temporary.rename(path)
 
     @property
     def samples_per_shard(self) -> np.ndarray:
-        return np.array([shard.samples for shard in self.shards], dtype=np.int64)
+        return np.fromiter((shard.samples for shard in self.shards), dtype=np.int64, count=len(self.shards))
 
-    @property
+    @functools.cached_property
     def num_samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Of the shards' contents, whatever folder they lie in."""
-        lines = "\n".join(f"{shard.sha256} {shard.samples}" for shard in self.shards)
-        return hashlib.sha256(lines.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(f"{shard.sha256} {shard.samples}\n".encode())
+        return digest.hexdigest()
 
 
-class Order:
-    """Where the sample at a position of an epoch lies: a pure function of (seed, epoch, position).
-
-    Shards are permuted anew in each epoch, and the row of all their samples is cut into `streams` ranges of equal
-    length. Positions are dealt to the streams in turn, `group` at a time, so that a rank which takes every n-th group
-    reads n-th parts of the shards. Within a stream, samples are shuffled inside windows of `window`. Each sample comes
-    exactly once an epoch, whatever the numbers are.
-    """
-
-    def __init__(self, samples_per_shard: np.ndarray, *, seed: int, streams: int, window: int, group: int = 1) -> None:
-        self.samples_per_shard = samples_per_shard
-        self.num_samples = int(samples_per_shard.sum())
-        self.seed, self.streams, self.window, self.group = seed, streams, window, group
-        whole_rounds, rest = divmod(self.num_samples, group * streams)
-        self._lengths = whole_rounds * group + np.clip(rest - group * np.arange(streams), 0, group)
-        self._starts = np.concatenate([[0], np.cumsum(self._lengths)])
-        self._shards_of_epoch = functools.lru_cache(maxsize=2)(self._permute_shards)
-        self._permutation = functools.lru_cache(maxsize=2 * streams)(self._permute_window)
-
-    def locate(self, epoch: int, position: int) -> tuple[int, int]:
-        """(shard, sample in that shard) of a position 0 ... num_samples - 1."""
-        block, offset = divmod(position, self.group)
-        round_, stream = divmod(block, self.streams)
-        window, offset = divmod(round_ * self.group + offset, self.window)
-        place = self._starts[stream] + window * self.window + self._permutation(epoch, stream, window)[offset]
-        shards, ends = self._shards_of_epoch(epoch)
-        turn = int(np.searchsorted(ends, place, side="right"))
-        shard = int(shards[turn])
-        return shard, int(place - (ends[turn] - self.samples_per_shard[shard]))
-
-    def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        shards = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples_per_shard))
-        return shards, np.cumsum(self.samples_per_shard[shards])
-
-    def _permute_window(self, epoch: int, stream: int, window: int) -> np.ndarray:
-        size = min(self.window, int(self._lengths[stream]) - window * self.window)
-        return np.random.default_rng([self.seed, epoch, stream, window]).permutation(size)
+def _check(shard: Shard) -> None:
+    """Raises ValueError for what could lead out of the folder, or is no count."""
+    if "/" in shard.name or shard.name in ("", ".", ".."):
+        raise ValueError(f"name {shard.name!r} is not that of a file in the folder")
+    if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+        raise ValueError(f"{shard.name}: sha256 {shard.sha256!r} is not 64 hexadecimal digits")
+    if type(shard.samples) is not int or type(shard.bytes) is not int or min(shard.samples, shard.bytes) < 0:
+        raise ValueError(f"{shard.name}: samples and bytes must be whole numbers from 0 on")
 
 
-class ShardReader:
-    """Random access to the records of local shards."""
+class Table:
+    """Where the records of one open shard lie. `extensions` names the columns; a size of -1: the record has no such."""
 
-    def __init__(self, index: ShardIndex, open_shards: int = 64) -> None:
-        self.index = index
-        self._open = functools.lru_cache(maxsize=open_shards)(self._scan)
-
-    def path(self, shard: int) -> Path:
-        return self.index.folder / self.index.shards[shard].name
-
-    def read(self, shard: int, record: int) -> dict[str, memoryview]:
-        """The files of a record by extension. Raises UserError for a shard that does not hold what its index says."""
-        try:
-            buffer, records = self._open(shard)
-            files = records[record]
-        except (OSError, tarfile.TarError, ValueError) as error:
-            raise UserError(f"not a readable tar: {error}") from None
-        except IndexError:
-            raise UserError(f"the shard holds {len(records)} records, fewer than {INDEX_NAME} says") from None
-        return {extension: buffer[start : start + size] for extension, (start, size) in files.items()}
-
-    def _scan(self, shard: int) -> tuple[memoryview, list[dict[str, tuple[int, int]]]]:
-        """The shard's bytes, mapped, and where the files of each record lie in them."""
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("rb", buffering=0)
         records: dict[str, dict[str, tuple[int, int]]] = {}
-        with open(self.path(shard), "rb") as file:
-            buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+        try:
+            with tarfile.open(fileobj=self.file, mode="r:") as tar:
                 for member in tar:
                     key, extension = base_plus_ext(member.name)
                     if member.isfile() and key is not None:
                         records.setdefault(key, {})[extension] = (member.offset_data, member.size)
-        return buffer, list(records.values())
+        except (tarfile.TarError, OSError, ValueError) as error:
+            if not records:
+                raise BadData(f"not a readable tar: {error}") from None
+        self.keys = np.array(
+            [key.encode() for key in records], dtype=bytes
+        )  # fixed width: a tenth of what strings take
+        self.extensions = sorted({extension for files in records.values() for extension in files})
+        self.places = np.full((len(records), len(self.extensions), 2), -1, dtype=np.int64)
+        for row, files in zip(self.places, records.values(), strict=True):
+            for extension, place in files.items():
+                row[self.extensions.index(extension)] = place
+
+    def read(self, record: int) -> dict[str, bytes]:
+        """The files of a record by extension. Raises BadData where the file is cut or cannot be read."""
+        if record >= len(self.places):
+            raise BadData(f"the shard holds {len(self.places)} records, fewer than {INDEX_NAME} says")
+        files = {}
+        for extension, (start, size) in zip(self.extensions, self.places[record].tolist(), strict=True):
+            if size >= 0:
+                try:
+                    files[extension] = os.pread(self.file.fileno(), size, start)
+                except OSError as error:
+                    raise BadData(f"cannot be read: {error.strerror}") from None
+                if len(files[extension]) < size:
+                    raise BadData(f"the shard is cut: .{extension} has {len(files[extension])} of {size} bytes")
+        return files
+
+    def key(self, record: int) -> str | None:
+        return self.keys[record].decode(errors="replace") if record < len(self.keys) else None
+
+
+class ShardReader:
+    """Random access to the records of a folder's shards."""
+
+    def __init__(self, folder: Folder, open_shards: int = 256) -> None:
+        self.folder = folder
+        self._open = functools.lru_cache(maxsize=open_shards)(self._table)
+
+    def read(self, shard: int, record: int) -> dict[str, bytes]:
+        """The files of a record by extension. Raises BadData for a shard that does not hold what its index says."""
+        return self._opened(shard).read(record)
+
+    def key(self, shard: int, record: int) -> str | None:
+        """The record's key in its tar, or None where it cannot be told."""
+        try:
+            return self._opened(shard).key(record)
+        except BadData:
+            return None
+
+    def _opened(self, shard: int) -> Table:
+        table = self._open(shard)
+        if isinstance(table, BadData):
+            raise table
+        return table
+
+    def _table(self, shard: int) -> Table | BadData:
+        """A bad shard is remembered as well: reading it anew for each of its samples could take hours."""
+        for attempt in range(2):
+            try:
+                return Table(self.folder.path(shard))
+            except BadData as error:
+                return error
+            except OSError as error:  # another process may have dropped it from the cache in between
+                if attempt == 1:
+                    return BadData(f"cannot be opened: {error.strerror}")
+        raise AssertionError

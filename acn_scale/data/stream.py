@@ -1,17 +1,25 @@
 """Shards -> batches: the infinite, resumable training stream of a rank, and the finite evaluation pass."""
 
-from collections.abc import Iterator
+import itertools
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from acn_scale.data.shards import Order, ShardIndex, ShardReader
-from acn_scale.errors import UserError
+from acn_scale.config import StreamConfig
+from acn_scale.data.order import DiskOrder, Order
+from acn_scale.data.shards import ShardIndex, ShardReader
+from acn_scale.data.storage import open_folder
+from acn_scale.errors import BadData, SharedError, UserError
 
+log = logging.getLogger(__name__)
+
+TRIES = 64  # at replacing a sample
 Batch = dict[str, Tensor]
 
 
@@ -27,41 +35,89 @@ class Key:
         return np.random.default_rng([self.seed, self.epoch, self.sample])
 
 
-class Decoder(Protocol):
-    """Turns a record into a sample, and samples into a batch. `rows_per_record` comes from the shards' index."""
+@dataclass(frozen=True)
+class Fault:
+    """A sample that could not be read."""
 
-    def decode(self, files: dict[str, memoryview], row: int, key: Key) -> Any: ...
+    shard: str
+    number: int  # in the shard
+    key: str | None  # in the tar, where it is known
+    sample: int  # in the data set
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: sample {self.number}{f' (key {self.key})' if self.key else ''}: {self.reason}"
+
+
+class Loaded(NamedTuple):
+    """What comes from a loader process. It raises nothing there: what crosses processes should be plain data."""
+
+    batch: Batch | None  # None where it could not be filled
+    stand_ins: list[int]  # rows of the batch that hold another sample than they should
+    faults: list[Fault]
+    mistake: str | None  # a user's, such as a full disk
+
+
+class Decoder(Protocol):
+    """Turns a record into a sample, and samples into a batch. `decode` raises BadData, or UserError for a mistake."""
+
+    def decode(self, files: dict[str, bytes], row: int, key: Key) -> Any: ...
 
     def collate(self, samples: list[Any], keys: list[Key]) -> Batch: ...
 
 
 class Samples(Dataset):
-    """The samples of a folder of shards by global position: position // num_samples is the epoch."""
+    """The samples of a folder of shards by global position: position // num_samples is the epoch.
 
-    def __init__(self, index: ShardIndex, decoder: Decoder, seed: int, order: Order | None) -> None:
+    A sample that cannot be read is replaced by one that (seed, epoch, position) decide on, on every rank alike.
+    """
+
+    def __init__(
+        self, index: ShardIndex, decoder: Decoder, cfg: StreamConfig, *, seed: int, order: Order | DiskOrder
+    ) -> None:
         self.index, self.decoder, self.seed, self.order = index, decoder, seed, order
+        self.skip = cfg.on_bad_sample == "skip"
         self.num_samples = index.num_samples
         self.rows = index.info["rows_per_record"]
-        self.ends = np.cumsum(index.samples_per_shard)
-        self.reader = ShardReader(index)
+        self.starts = np.concatenate([[0], np.cumsum(index.samples_per_shard)])
+        self.folder = open_folder(str(index.folder), index.shards, cfg.remote, verify=cfg.verify_checksums)
+        self.reader = ShardReader(self.folder)
 
-    def __getitems__(self, positions: list[int]) -> Batch:
-        keys, samples = [], []
-        for position in positions:
-            epoch, place = divmod(position, self.num_samples)
-            shard, number = self.order.locate(epoch, place) if self.order else self._on_disk(place)
+    def key(self, position: int) -> tuple[Key, int, int]:
+        """The name of the sample at a position, its shard and its number in there."""
+        epoch, place = divmod(position, self.num_samples)
+        shard, number = self.order.locate(epoch, place)
+        return Key(self.seed, epoch, int(self.starts[shard]) + number), shard, number
+
+    def __getitems__(self, positions: list[int]) -> Loaded:
+        keys, samples, stand_ins, faults = [], [], [], []
+        for row, position in enumerate(positions):
+            found, failed, mistake = self._load(position)
+            faults += failed
+            if found is None:
+                return Loaded(None, [], faults, mistake)
+            stand_ins += [row] if failed else []
+            keys.append(found[0])
+            samples.append(found[1])
+        return Loaded(self.decoder.collate(samples, keys), stand_ins, faults, None)
+
+    def _load(self, position: int) -> tuple[tuple[Key, Any] | None, list[Fault], str | None]:
+        """(key and sample, the faults met on the way, a mistake); no sample where there is a mistake, or no way."""
+        faults: list[Fault] = []
+        epoch, place = divmod(position, self.num_samples)
+        others = (epoch * self.num_samples + other for other in self.order.replacements(epoch, place))
+        for candidate in itertools.chain([position], itertools.islice(others, TRIES if self.skip else 0)):
+            key, shard, number = self.key(candidate)
             record, row = divmod(number, self.rows)
-            first = int(self.ends[shard - 1]) if shard else 0
-            keys.append(Key(self.seed, epoch, first + number))
             try:
-                samples.append(self.decoder.decode(self.reader.read(shard, record), row, keys[-1]))
+                return (key, self.decoder.decode(self.reader.read(shard, record), row, key)), faults, None
+            except BadData as error:
+                path = f"{self.folder.location}/{self.index.shards[shard].name}"
+                faults.append(Fault(path, number, self.reader.key(shard, record), key.sample, str(error)))
             except UserError as error:
-                raise UserError(f"{self.reader.path(shard)}: sample {number}: {error}") from None
-        return self.decoder.collate(samples, keys)
-
-    def _on_disk(self, place: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self.ends, place, side="right"))
-        return shard, place - (int(self.ends[shard - 1]) if shard else 0)
+                return None, faults, str(error)
+        tries = f"{TRIES} others in its place cannot be read either: {faults[-1]}" if self.skip else None
+        return None, faults, tries
 
 
 def _loader(samples: Samples, batches: Any, workers: int) -> DataLoader:
@@ -77,8 +133,37 @@ def _loader(samples: Samples, batches: Any, workers: int) -> DataLoader:
     )
 
 
-def _as_is(batch: Batch) -> Batch:
-    return batch
+def _as_is(loaded: Loaded) -> Loaded:
+    return loaded
+
+
+Share = Callable[[list[Any]], list[Any]]
+
+
+def alone(items: list[Any]) -> list[Any]:
+    """The items of all ranks, where there is one."""
+    return items
+
+
+class BadSamples:
+    """The samples of a data set that could not be read, the same ones on every rank, and what they lead to."""
+
+    def __init__(self, cfg: StreamConfig, share: Share, known: list[int] | None = None) -> None:
+        self.cfg, self.share = cfg, share
+        self.known = set(known or [])
+
+    def note(self, loaded: Loaded) -> None:
+        """Tell all ranks, and raise SharedError on all where one cannot go on. Call it on every rank."""
+        for item in self.share([*loaded.faults, *filter(None, [loaded.mistake])]):
+            if isinstance(item, str):
+                raise SharedError(item)
+            if self.cfg.on_bad_sample == "fail":
+                raise SharedError(str(item))
+            if item.sample not in self.known:
+                self.known.add(item.sample)
+                log.warning("skipped %s", item)
+            if len(self.known) > self.cfg.max_bad_samples:
+                raise SharedError(f"data.max_bad_samples = {self.cfg.max_bad_samples}: more cannot be read; {item}")
 
 
 class Stream:
@@ -86,24 +171,29 @@ class Stream:
 
     Step t of the run is the global batch of positions t * global_batch_size onwards, whatever the number of ranks,
     loader workers and restarts. A batch may cross the end of an epoch; no sample is dropped or repeated there.
+
+    Taking a batch is collective over the ranks, through `share`: what one of them cannot read, all of them hear of.
     """
 
     def __init__(
         self,
         samples: Samples,
+        cfg: StreamConfig,
         *,
         global_batch_size: int,
         micro_batch_size: int,
         rank: int,
         world_size: int,
-        workers: int,
+        share: Share = alone,
     ) -> None:
-        self.samples, self.workers = samples, workers
+        self.samples, self.cfg, self.share = samples, cfg, share
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self.micro_steps = global_batch_size // (micro_batch_size * world_size)  # to one optimizer step
         self.taken = 0  # micro batches
-        self._batches: Iterator[Batch] | None = None
+        self.bad = BadSamples(cfg, share)
+        self._batches: Iterator[Loaded] | None = None
+        self._fetched: set[tuple[int, int, int]] = set()  # windows whose shards are on their way
 
     def positions(self, step: int) -> np.ndarray:
         """This rank's positions of a global batch, every world_size-th group: (micro_steps, micro_batch_size)."""
@@ -117,13 +207,13 @@ class Stream:
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._batches = iter(_loader(self.samples, self._remaining(), self.workers))
-        try:
-            batch = next(self._batches)
-        except UserError as error:  # from a loader process it comes with a traceback in its text
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix("acn_scale.config.UserError: ")) from None
+            self._batches = iter(_loader(self.samples, self._remaining(), self.cfg.workers))
+        if self.taken % self.micro_steps == 0:
+            self._prefetch(self.taken // self.micro_steps)
+        loaded = next(self._batches)
+        self.bad.note(loaded)
         self.taken += 1
-        return batch
+        return loaded.batch
 
     def _remaining(self) -> Iterator[list[int]]:
         step, first = divmod(self.taken, self.micro_steps)
@@ -132,6 +222,15 @@ class Stream:
                 yield positions.tolist()
             step, first = step + 1, 0
 
+    def _prefetch(self, step: int) -> None:
+        """Have the shards of this step's windows and of the windows after them brought to this node."""
+        order, size = self.samples.order, self.samples.num_samples
+        now = {order.window_of(*divmod(position, size)) for position in self.positions(step).flatten().tolist()}
+        wanted = now | {order.next_window(*window) for window in now}
+        for window in sorted(wanted - self._fetched):
+            self.samples.folder.prefetch(order.shards_in(*window))
+        self._fetched = wanted
+
     def state_dict(self) -> dict[str, Any]:
         """A few numbers. Call it between optimizer steps, where they are the same on every rank."""
         order = self.samples.order
@@ -139,6 +238,7 @@ class Stream:
             "samples": self.taken * self.micro_batch_size * self.world_size,
             "fingerprint": self.samples.index.fingerprint,
             "order": [order.seed, order.streams, order.window, order.group],
+            "bad_samples": sorted(self.bad.known),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -148,6 +248,7 @@ class Stream:
             if state[key] != now[key]:
                 raise UserError(f"data.train = {self.samples.index.folder}: not the data this run began with: {what}")
         self.taken = state["samples"] // (self.micro_batch_size * self.world_size)
+        self.bad = BadSamples(self.cfg, self.share, state["bad_samples"])
         self._batches = None
 
 
@@ -155,19 +256,33 @@ class Evaluation:
     """The evaluation pass of one rank, as often as it is iterated over.
 
     Every sample comes once over all ranks, in disk order. All ranks get the same number of batches of the same sizes,
-    so that collectives in the model meet; what fills up the last ones does not count. Random draws are keyed by the
-    sample alone: each pass sees the same masks.
+    so that collectives in the model meet; what fills up the last ones, or stands in for a sample that cannot be read,
+    does not count. Random draws are keyed by the sample alone: each pass sees the same masks.
     """
 
-    def __init__(self, samples: Samples, *, batch_size: int, rank: int, world_size: int, workers: int) -> None:
-        self.samples, self.workers = samples, workers
+    def __init__(
+        self,
+        samples: Samples,
+        cfg: StreamConfig,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        share: Share = alone,
+    ) -> None:
+        self.samples, self.cfg = samples, cfg
+        self.bad = BadSamples(cfg, share)
         total = samples.num_samples
         mine = np.arange(-(-total // world_size)) * world_size + rank
         chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
         self.positions = [np.minimum(chunk, total - 1).tolist() for chunk in chunks]
-        self.counts = [int((chunk < total).sum()) for chunk in chunks]
+        self.counts = [torch.from_numpy(chunk < total) for chunk in chunks]
 
-    def __iter__(self) -> Iterator[tuple[Batch, int]]:
-        """(batch, how many of its first samples count)."""
-        loader = _loader(self.samples, self.positions, self.workers)
-        yield from zip(loader, self.counts, strict=True)
+    def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
+        """(batch, which of its samples count (batch,) bool)."""
+        loader = _loader(self.samples, self.positions, self.cfg.workers)
+        for loaded, counts in zip(loader, self.counts, strict=True):
+            self.bad.note(loaded)
+            counts = counts.clone()
+            counts[loaded.stand_ins] = False
+            yield loaded.batch, counts

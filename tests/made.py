@@ -1,0 +1,59 @@
+"""Small folders of shards, made by hand."""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import webdataset as wds
+from PIL import Image
+
+from acn_scale.data.shards import ShardIndex
+from acn_scale.data.storage import Shard
+
+
+def png(width: int = 8, height: int = 8, colour: int = 0, mode: str = "L") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (width, height), colour).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def shard_of(path: Path, samples: int) -> Shard:
+    content = path.read_bytes()
+    return Shard(path.name, samples, len(content), hashlib.sha256(content).hexdigest())
+
+
+def write_folder(folder: Path, shards: Sequence[Sequence[dict[str, Any]]], info: dict[str, Any]) -> Path:
+    """Shards of records without "__key__": the sample's number in the folder is made its key."""
+    folder.mkdir(parents=True)
+    entries, number = [], 0
+    for place, records in enumerate(shards):
+        path = folder / f"shard-{place:06d}.tar"
+        with wds.TarWriter(str(path), mtime=0) as tar:
+            for record in records:
+                tar.write({"__key__": f"{number:06d}"} | record)
+                number += 1
+        entries.append(shard_of(path, len(records)))
+    ShardIndex(folder, entries, {"rows_per_record": 1} | info).save()
+    return folder
+
+
+def image_folder(folder: Path, shards: Sequence[Sequence[tuple[bytes, str]]], classes: int = 10) -> Path:
+    """Shards of (image file, label)."""
+    info = {"kind": "images", "classes": [str(number) for number in range(classes)], "mean": [0.5], "std": [0.5]}
+    records = [[{"png": image, "cls": label.encode()} for image, label in samples] for samples in shards]
+    return write_folder(folder, records, info)
+
+
+def numbered_images(folder: Path, sizes: Sequence[int]) -> Path:
+    """Shards of these sizes of 8 x 8 images; the grey of a sample's pixels is its number."""
+    numbers = iter(range(sum(sizes)))
+    return image_folder(folder, [[(png(colour=next(numbers)), "1") for _ in range(size)] for size in sizes])
+
+
+def reseal(folder: Path) -> None:
+    """Have the index list the shards as they are now, as one would that was made from damaged shards."""
+    index = ShardIndex.load(folder)
+    shards = [shard_of(folder / shard.name, shard.samples) for shard in index.shards]
+    ShardIndex(folder, shards, index.info).save()
