@@ -1,5 +1,6 @@
 """Pretrain a model: deepspeed acn_scale/pretrain.py --config FILE.toml [key.sub=value ...]"""
 
+import contextlib
 import logging
 import math
 import sys
@@ -50,7 +51,11 @@ def train(cfg: Config, device: torch.device) -> None:
 
     window = Window(cfg.train.global_batch_size, tokens_per_sample(cfg.model), device)
     skipped_in_a_row = 0
-    with Metrics(folder, step=step, rank=rank) as metrics, progress_bar(cfg, step, horizon) as progress:
+    with (
+        Metrics(folder, step=step, rank=rank) as metrics,
+        progress_bar(cfg, step, horizon) as progress,
+        contextlib.closing(stream),
+    ):
         while step < horizon.steps:
             torch.manual_seed(dropout_seed(cfg.run.seed, step, rank))
             lr = learning_rate(cfg.optim, horizon, step)

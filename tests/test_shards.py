@@ -185,7 +185,7 @@ def test_stand_ins_are_the_same_on_all_ranks_and_workers(
     def epoch(world_size: int, workers: int) -> list[int]:
         cfg = vit(data={"train": str(folder), "streams": 4, "on_bad_sample": "skip", "workers": workers})
         streams = [build_stream(cfg, rank, world_size) for rank in range(world_size)]
-        places = np.concatenate([stream.positions(step).flatten() for stream in streams for step in range(6)])
+        places = np.concatenate([stream.plan.positions(step).flatten() for stream in streams for step in range(6)])
         got = [sample for stream in streams for sample in numbers(take(stream, 6))]
         return [got[place] for place in places.argsort()]
 

@@ -69,8 +69,8 @@ def global_batches(cfg: Config, world_size: int, steps: int, first: int = 0) -> 
     for step in range(first, first + steps):
         images, places = [], []
         for stream in streams:
-            places.append(torch.from_numpy(stream.positions(step).flatten()))
-            images += [next(stream)["images"] for _ in range(stream.micro_steps)]
+            places.append(torch.from_numpy(stream.plan.positions(step).flatten()))
+            images += [next(stream)["images"] for _ in range(stream.plan.micro_steps)]
         batches.append(torch.cat(images)[torch.cat(places).argsort()])
     return batches
 
@@ -125,6 +125,6 @@ def test_evaluation_sees_each_sample_once(vit: Callable[..., Config], world_size
 
 def test_pairs_that_are_mixed_stay_on_one_rank(vit: Callable[..., Config]) -> None:
     stream: Stream = build_stream(vit(data={"mixup": 0.2}, train={"micro_batch_size": 2}), rank=1, world_size=2)
-    for pair in stream.positions(5):
+    for pair in stream.plan.positions(5):
         assert pair[0] % 2 == 0
         assert pair[1] == pair[0] + 1

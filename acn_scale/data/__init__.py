@@ -4,7 +4,7 @@ from acn_scale.config import Config, ImageDataConfig
 from acn_scale.data.images import ImageDecoder
 from acn_scale.data.order import DiskOrder, Order
 from acn_scale.data.shards import ShardIndex
-from acn_scale.data.stream import Decoder, Evaluation, Samples, Share, Stream, alone
+from acn_scale.data.stream import BatchPlan, Decoder, Evaluation, Samples, Share, Stream, alone
 from acn_scale.data.text import TextDecoder
 from acn_scale.errors import UserError
 
@@ -23,15 +23,10 @@ def build_stream(cfg: Config, rank: int = 0, world_size: int = 1, share: Share =
         group=cfg.data.group,
     )
     decoder = _decoder(cfg, index, index, training=True)
-    return Stream(
-        _probed(Samples(index, decoder, cfg.data, seed=cfg.run.seed, order=order)),
-        cfg.data,
-        global_batch_size=cfg.train.global_batch_size,
-        micro_batch_size=cfg.micro_batch_size(world_size),
-        rank=rank,
-        world_size=world_size,
-        share=share,
-    )
+    samples = _probed(Samples(index, decoder, cfg.data, seed=cfg.run.seed, order=order))
+    micro_batch_size = cfg.micro_batch_size(world_size)
+    plan = BatchPlan(cfg.train.global_batch_size, micro_batch_size, rank, world_size, cfg.data.group)
+    return Stream(samples, cfg.data, plan, share)
 
 
 def build_evaluation(cfg: Config, rank: int = 0, world_size: int = 1, share: Share = alone) -> Evaluation:

@@ -208,9 +208,11 @@ class RemoteFolder:
             except Exception as error:  # each store has failures of its own, and time-outs that are no OSError
                 status = getattr(error, "status", None)  # of HTTP
                 refused = status is not None and 400 <= status < 500 and status not in (408, 429)
-                if refused or getattr(error, "errno", None) in DISK_ERRORS:
-                    raise
                 reason = str(error) or type(error).__name__
+                if getattr(error, "errno", None) in DISK_ERRORS:
+                    raise
+                if refused:
+                    raise OSError(reason) from None
             if attempt + 1 < attempts:
                 wait = min(LONGEST_WAIT, 2.0**attempt) * random.uniform(0.5, 1.0)
                 log.warning("%s/%s: %s; trying again in %.1f s", self.location, name, reason, wait)

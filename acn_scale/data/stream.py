@@ -166,6 +166,36 @@ class BadSamples:
                 raise SharedError(f"data.max_bad_samples = {self.cfg.max_bad_samples}: more cannot be read; {item}")
 
 
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which positions make up the micro batches of a rank. `group` neighbours stay together on one rank."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+    group: int
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro batches to one optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    def positions(self, step: int) -> np.ndarray:
+        """This rank's part of a global batch, every world_size-th group: (micro_steps, micro_batch_size)."""
+        positions = np.arange(self.global_batch_size).reshape(-1, self.world_size, self.group)
+        mine = positions[:, self.rank].reshape(self.micro_steps, self.micro_batch_size)
+        return step * self.global_batch_size + mine
+
+    def batches(self, taken: int) -> Iterator[list[int]]:
+        """The positions of each micro batch after the first `taken` ones, without end."""
+        step, first = divmod(taken, self.micro_steps)
+        while True:
+            for positions in self.positions(step)[first:]:
+                yield positions.tolist()
+            step, first = step + 1, 0
+
+
 class Stream:
     """An endless iterator of this rank's micro batches. Its order depends on the seed alone.
 
@@ -175,57 +205,35 @@ class Stream:
     Taking a batch is collective over the ranks, through `share`: what one of them cannot read, all of them hear of.
     """
 
-    def __init__(
-        self,
-        samples: Samples,
-        cfg: StreamConfig,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        share: Share = alone,
-    ) -> None:
-        self.samples, self.cfg, self.share = samples, cfg, share
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.rank, self.world_size = rank, world_size
-        self.micro_steps = global_batch_size // (micro_batch_size * world_size)  # to one optimizer step
+    def __init__(self, samples: Samples, cfg: StreamConfig, plan: BatchPlan, share: Share = alone) -> None:
+        self.samples, self.cfg, self.plan, self.share = samples, cfg, plan, share
         self.taken = 0  # micro batches
         self.bad = BadSamples(cfg, share)
         self._batches: Iterator[Loaded] | None = None
         self._fetched: set[tuple[int, int, int]] = set()  # windows whose shards are on their way
-
-    def positions(self, step: int) -> np.ndarray:
-        """This rank's positions of a global batch, every world_size-th group: (micro_steps, micro_batch_size)."""
-        group = self.samples.order.group
-        positions = np.arange(self.global_batch_size).reshape(-1, self.world_size, group)
-        mine = positions[:, self.rank].reshape(self.micro_steps, self.micro_batch_size)
-        return step * self.global_batch_size + mine
 
     def __iter__(self) -> "Stream":
         return self
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._batches = iter(_loader(self.samples, self._remaining(), self.cfg.workers))
-        if self.taken % self.micro_steps == 0:
-            self._prefetch(self.taken // self.micro_steps)
+            self._batches = iter(_loader(self.samples, self.plan.batches(self.taken), self.cfg.workers))
+        if self.taken % self.plan.micro_steps == 0:
+            self._prefetch(self.taken // self.plan.micro_steps)
         loaded = next(self._batches)
         self.bad.note(loaded)
         self.taken += 1
         return loaded.batch
 
-    def _remaining(self) -> Iterator[list[int]]:
-        step, first = divmod(self.taken, self.micro_steps)
-        while True:
-            for positions in self.positions(step)[first:]:
-                yield positions.tolist()
-            step, first = step + 1, 0
+    def close(self) -> None:
+        """End the loader processes. A next batch starts them again where they were."""
+        self._batches = None
 
     def _prefetch(self, step: int) -> None:
         """Have the shards of this step's windows and of the windows after them brought to this node."""
         order, size = self.samples.order, self.samples.num_samples
-        now = {order.window_of(*divmod(position, size)) for position in self.positions(step).flatten().tolist()}
+        positions = self.plan.positions(step).flatten().tolist()
+        now = {order.window_of(*divmod(position, size)) for position in positions}
         wanted = now | {order.next_window(*window) for window in now}
         for window in sorted(wanted - self._fetched):
             self.samples.folder.prefetch(order.shards_in(*window))
@@ -235,7 +243,7 @@ class Stream:
         """A few numbers. Call it between optimizer steps, where they are the same on every rank."""
         order = self.samples.order
         return {
-            "samples": self.taken * self.micro_batch_size * self.world_size,
+            "samples": self.taken * self.plan.micro_batch_size * self.plan.world_size,
             "fingerprint": self.samples.index.fingerprint,
             "order": [order.seed, order.streams, order.window, order.group],
             "bad_samples": sorted(self.bad.known),
@@ -247,9 +255,9 @@ class Stream:
         for key, what in (("fingerprint", "other shards"), ("order", "another seed, streams or shuffle_window")):
             if state[key] != now[key]:
                 raise UserError(f"data.train = {self.samples.index.folder}: not the data this run began with: {what}")
-        self.taken = state["samples"] // (self.micro_batch_size * self.world_size)
+        self.taken = state["samples"] // (self.plan.micro_batch_size * self.plan.world_size)
         self.bad = BadSamples(self.cfg, self.share, state["bad_samples"])
-        self._batches = None
+        self.close()
 
 
 class Evaluation:
