@@ -52,6 +52,12 @@ def numbered_images(folder: Path, sizes: Sequence[int]) -> Path:
     return image_folder(folder, [[(png(colour=next(numbers)), "1") for _ in range(size)] for size in sizes])
 
 
+def numbered_texts(folder: Path, sizes: Sequence[int]) -> Path:
+    """Shards of these sizes; a sample's file holds its number."""
+    numbers = iter(range(sum(sizes)))
+    return write_folder(folder, [[{"txt": str(next(numbers))} for _ in range(size)] for size in sizes], {})
+
+
 def reseal(folder: Path) -> None:
     """Have the index list the shards as they are now, as one would that was made from damaged shards."""
     index = ShardIndex.load(folder)
