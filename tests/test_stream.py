@@ -229,7 +229,7 @@ def test_seeking_costs_the_same_anywhere(folders: Folders, data: Data, step: int
     next(stream)
     order = stream.samples.order
     assert 1 <= order._permutation.cache_info().misses <= data.batch // ranks
-    assert 1 <= order._shards_of_epoch.cache_info().misses <= 4  # the batch's epochs; windows ahead reach the next one
+    assert 1 <= order._shards_of_epoch.cache_info().misses <= 5  # of the epochs of the batch and of the windows ahead
     assert 1 <= stream.samples.reader._open.cache_info().misses <= data.batch // ranks
 
 
