@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from killable import Start, trained
-from made import numbered_images
+from killable import Start, said, trained
+from made import image_folder, numbered_images, png
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from acn_scale import pretrain
@@ -153,6 +154,44 @@ def test_too_many_skipped_updates_end_the_run(two_ranks: Callable, vit: Callable
         train={"precision": "bf16", "zero_stage": 1, "max_skipped_steps": 2}, data={"mean": [-1e2], "std": [1e-37]}
     )
     assert two_ranks(refused, cfg) == ["step 2: 2 updates in a row skipped for non-finite gradients"] * 2
+
+
+def damaged_images(folder: Path) -> Path:
+    """120 samples in six shards; the fourth of each cannot be decoded."""
+    good, bad = (png(), "1"), (b"", "1")
+    return image_folder(folder, [[good] * 3 + [bad] + [good] * 16] * 6)
+
+
+def test_skipped_samples_are_logged_and_counted(
+    two_ranks: Callable, vit: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Each in one line, by the rank that met it; a resumed run goes on counting."""
+    folder = damaged_images(tmp_path / "data")
+    data = {"train": str(folder), "on_bad_sample": "skip", "max_bad_samples": 6, "streams": 2, "shuffle_window": 10}
+    cfg = vit(data=data, train={"log_every": "1step"})
+    two_ranks(run_until, cfg, 6)
+    two_ranks(run, cfg)  # from step 5 on, which is within the first epoch
+    counts = [line["data/bad_samples"] for line in measured(cfg) if "data/bad_samples" in line]
+    assert len(counts) == 20
+    assert counts == sorted(counts)
+    assert 0 < counts[4] < counts[-1] == 6
+    log = (run_folder(cfg) / "train.log").read_text()
+    lines = [
+        f"skipped {folder}/shard-{shard:06d}.tar: sample 3 (key {20 * shard + 3:06d}): an image" for shard in range(6)
+    ]
+    assert [log.count(line) for line in lines] == [1] * 6
+
+
+def test_a_bad_sample_ends_the_run_on_all_ranks(tmp_path: Path, digits: Path) -> None:
+    """At once, with one line on rank 0 alone."""
+    arguments = command_line(tmp_path, damaged_images(tmp_path / "data"), digits / "eval")
+    start = Start(arguments, tmp_path / "record", ranks=2)
+    assert start.wait() == [2, 2]
+    first, second = (said(tmp_path / "record", rank) for rank in range(2))
+    assert len(re.findall(r"^error: .*/shard-00000\d.tar: sample 3 \(key 0000\d3\): an image that", first, re.M)) == 1
+    for text in (first, second):
+        assert "Traceback" not in text
+    assert "error: " not in second
 
 
 def command_line(tmp_path: Path, train: Path, evaluation: Path, *overrides: str) -> list[str]:

@@ -158,6 +158,14 @@ def test_loader_processes_change_nothing(folders: Folders, bad: tuple[int, ...])
         assert same(relay(start, [Leg(2, 2, 2, workers), Leg(1, 4, 4, workers), Leg(4, 1, 3)]), expected)
 
 
+def test_closing_a_stream_loses_nothing(folders: Folders) -> None:
+    """Not even inside a step."""
+    whole, closed = (stream_of(Data((30, 20, 10), 4, 8, 1, seed=0), folders, Leg(1, 4, 2), rank=0) for _ in range(2))
+    for _ in range(8):
+        assert torch.equal(next(whole)["numbers"], next(closed)["numbers"])
+        closed.close()
+
+
 @pytest.mark.parametrize("mixing", [{}, {"mixup": 0.5, "cutmix": 0.5}])
 def test_augmented_pixels_are_the_same_too(vit: Callable[..., Config], mixing: dict[str, float]) -> None:
     """Bit for bit, as real configs build the streams; 1,400 samples are 87.5 steps."""

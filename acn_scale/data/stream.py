@@ -161,7 +161,8 @@ class BadSamples:
                 raise SharedError(str(item))
             if item.sample not in self.known:
                 self.known.add(item.sample)
-                log.warning("skipped %s", item)
+                if item in loaded.faults:  # a line in all, by the rank that met it
+                    log.warning("skipped %s", item)
             if len(self.known) > self.cfg.max_bad_samples:
                 raise SharedError(f"data.max_bad_samples = {self.cfg.max_bad_samples}: more cannot be read; {item}")
 
