@@ -297,9 +297,7 @@ def _values_of_column(paths: Sequence[Path], label: str) -> list[str]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    values = {
-        value for path in paths for value in pc.unique(pq.read_table(path, columns=[label])[label]).to_pylist()
-    }
+    values = {value for path in paths for value in pc.unique(pq.read_table(path, columns=[label])[label]).to_pylist()}
     return _names(values)
 
 

@@ -54,7 +54,7 @@ def load_hugging_face(name: str, split: str, *, streaming: bool) -> Any:
     """A split of a data set "name[:config]" on the hub, or of one in a local folder. Raises UserError."""
     import datasets
 
-    path, colon, config = name.partition(":")
+    path, _, config = name.partition(":")
     if not Path(path).exists():
         path, usual = ALIASES.get(path, (path, None))
         config = config or usual

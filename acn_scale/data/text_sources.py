@@ -50,7 +50,7 @@ class TextSources:
 
     def _read(self, name: str) -> Iterator[str]:
         opener, rest = find_source(name, TEXT_SOURCES)
-        return (document for text in opener(rest, self) if (document := text.strip()))
+        return (document for document in opener(rest, self) if document.strip())
 
 
 @dataclass
