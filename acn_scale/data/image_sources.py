@@ -149,10 +149,16 @@ class _ArraysOnly(pickle.Unpickler):
             "_reconstruct": np._core.multiarray._reconstruct,
             "ndarray": np.ndarray,
             "dtype": np.dtype,
+            "encode": _latin1,  # how Python 3 writes bytes for Python 2
         }
-        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in allowed:
+        modules = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "_codecs")
+        if module in modules and name in allowed:
             return allowed[name]
         raise pickle.UnpicklingError(f"asks for {module}.{name}")
+
+
+def _latin1(text: str, codec: str) -> bytes:
+    return text.encode("latin1")
 
 
 def _unpickle(path: Path) -> dict[bytes, Any]:

@@ -111,16 +111,15 @@ def plain_text(rest: str, sources: TextSources) -> Iterator[str]:
 
 def _lines(path: Path) -> Iterator[str]:
     """Of a text file, also one packed by gzip. Raises UserError for bytes that are no UTF-8."""
-    opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, 1):  # noqa: B007
-                yield line
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: after line {number}: not UTF-8: {error.reason}") from None
+        raise UserError(f"{path}: line {number}: not UTF-8: {error.reason}") from None
     except (OSError, EOFError) as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: after line {number}: {error}") from None
 
 
 def json_lines(rest: str, sources: TextSources) -> Iterator[str]:
