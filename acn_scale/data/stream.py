@@ -31,8 +31,9 @@ class Key:
     epoch: int
     sample: int
 
-    def generator(self) -> np.random.Generator:
-        return np.random.default_rng([self.seed, self.epoch, self.sample])
+    def generator(self, purpose: int = 0) -> np.random.Generator:
+        """The draws for one purpose tell nothing about those for another."""
+        return np.random.default_rng([self.seed, self.epoch, self.sample] + [purpose] * (purpose > 0))
 
 
 @dataclass(frozen=True)
