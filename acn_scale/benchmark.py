@@ -1,7 +1,6 @@
 """Ours beside what people would use instead: in turns in one process, so that a noisy machine is noisy for both."""
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -68,11 +67,10 @@ def save(rows: list[Row], path: Path) -> None:
 
 def table(rows: list[Row]) -> str:
     head = ["work", "peer", "ours", "theirs", "unit", "ratio", "range"]
-    cells = [
-        [each.work, each.peer, f"{each.ours:,.4g}", f"{each.theirs:,.4g}", each.unit, f"{each.ratio:.2f}x"]
-        + [f"{each.ratio_low:.2f} ... {each.ratio_high:.2f}"]
-        for each in rows
-    ]
+    cells = []
+    for each in rows:
+        numbers = f"{each.ours:,.4g}", f"{each.theirs:,.4g}", each.unit, f"{each.ratio:.2f}x"
+        cells.append([each.work, each.peer, *numbers, f"{each.ratio_low:.2f} ... {each.ratio_high:.2f}"])
     widths = [max(len(line[column]) for line in [head, *cells]) for column in range(len(head))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *cells]
@@ -86,8 +84,7 @@ def data_rows(images: Path | None, rounds: int) -> list[Row]:
         rows = decoding(images or photos(Path(folder) / "photos"), Path(folder) / "decoding", rounds)
         rows += raw_reading(Path(folder) / "raw", rounds)
         rows += resuming(Path(folder) / "resume", rounds)
-        rows += [shuffling()]
-        return [*rows, *index_at_scale()]
+        return [*rows, *shuffling(), *index_at_scale()]
 
 
 def photos(folder: Path, number: int = 100) -> Path:
@@ -208,8 +205,8 @@ def raw_reading(folder: Path, rounds: int) -> list[Row]:
         return run
 
     def theirs() -> Iterator[int]:
-        pipeline = webdataset.WebDataset(names, shardshuffle=len(names)).shuffle(4096).batched(batch)
-        return (len(group[0]) for group in pipeline)
+        pipeline = webdataset.WebDataset(names, shardshuffle=len(names)).shuffle(4096).batched(batch, collation_fn=None)
+        return (len(group) for group in pipeline)
 
     contenders = {"acn_scale": ours(True), "acn_scale, unverified": ours(False), "webdataset": theirs}
     figures = in_turns({name: _speed(run) for name, run in contenders.items()}, rounds)
@@ -247,7 +244,7 @@ def _raw_samples(folder: Path, index: ShardIndex, *, verify: bool, streams: int 
 
 
 def resuming(folder: Path, rounds: int) -> list[Row]:
-    """Time from nothing to the first batch, of 200 shards: fresh, at 90 % of the epoch, and by webdataset's skipping."""
+    """Time to the first batch of 200 shards: fresh, at 90 % of the epoch, and by webdataset's skipping."""
     import webdataset
 
     _write_raw(folder, shards=200, records=200, size=1000)
@@ -270,7 +267,7 @@ def resuming(folder: Path, rounds: int) -> list[Row]:
 
     def theirs() -> float:
         start = time.perf_counter()
-        pipeline = iter(webdataset.WebDataset(names, shardshuffle=200).shuffle(4096).batched(batch))
+        pipeline = iter(webdataset.WebDataset(names, shardshuffle=200).shuffle(4096).batched(batch, collation_fn=None))
         for _ in range(int(0.9 * 40_000) // batch + 1):
             next(pipeline)
         return time.perf_counter() - start
@@ -283,21 +280,45 @@ def resuming(folder: Path, rounds: int) -> list[Row]:
     ]
 
 
-def shuffling() -> Row:
-    """Rank correlation between the order on disk and the order read, for the same number of samples in memory."""
+def shuffling(seeds: int = 4) -> list[Row]:
+    """How well 50,000 samples of 50 shards are mixed: rank correlation (Spearman 1904) between the order on disk and
+    the order read, and how far the samples of one shard end up from each other. A webdataset buffer holds samples; a
+    window of ours holds eight bytes for each, so the same memory shuffles thousands of times as many."""
     from webdataset.filters import shuffle
 
     shards, size, memory = 50, 1000, 5000
-    order = Order(np.full(shards, size), seed=0, streams=1, window=memory)
-    ours = [shard * size + number for shard, number in (order.locate(0, place) for place in range(shards * size))]
-    permuted = np.random.default_rng(0).permutation(shards)
-    source = ({"number": int(shard) * size + number} for shard in permuted for number in range(size))
-    theirs = [sample["number"] for sample in shuffle(memory, initial=memory)(source)]
-    figures = [abs(float(np.corrcoef(np.arange(shards * size), np.array(each))[0, 1])) for each in (ours, theirs)]
-    # Shards are shuffled by both. How far samples of one shard are spread is what the window decides.
-    spread = [_spread(np.array(each) // size) for each in (ours, theirs)]
-    work = f"shuffle: samples of a shard spread over (rank correlation {figures[0]:.3f}, theirs {figures[1]:.3f})"
-    return row(work, f"webdataset, {memory} in memory", "samples", spread[:1], spread[1:], more_is_better=True)
+
+    def ours(window: int) -> list[list[int]]:
+        orders = (Order(np.full(shards, size), seed=seed, streams=1, window=window) for seed in range(seeds))
+        places = [[order.locate(0, place) for place in range(shards * size)] for order in orders]
+        return [[shard * size + number for shard, number in each] for each in places]
+
+    def theirs() -> list[list[int]]:
+        read = []
+        for seed in range(seeds):
+            permuted = np.random.default_rng(seed).permutation(shards)
+            source = ({"number": int(shard) * size + number} for shard in permuted for number in range(size))
+            read.append([sample["number"] for sample in shuffle(memory, initial=memory, seed=seed)(source)])
+        return read
+
+    figures = {"webdataset": theirs(), "same samples": ours(memory), "same memory": ours(shards * size)}
+    spread = {name: [_spread(np.array(each) // size) for each in orders] for name, orders in figures.items()}
+    disk = np.arange(shards * size)
+    correlation = {
+        name: np.mean([abs(np.corrcoef(disk, each)[0, 1]) for each in orders]) for name, orders in figures.items()
+    }
+    return [
+        row(
+            f"shuffle: spread of a shard's samples (rank correlation {correlation[name]:.3f}"
+            f", theirs {correlation['webdataset']:.3f})",
+            f"webdataset, {name}",
+            "samples",
+            spread[name],
+            spread["webdataset"],
+            more_is_better=True,
+        )
+        for name in ("same samples", "same memory")
+    ]
 
 
 def _spread(shards: np.ndarray) -> float:
@@ -325,9 +346,14 @@ def index_at_scale(shards: int = 100_000, samples: int = 13_000) -> list[Row]:
 
 def _load() -> None:
     """Of the process that measures the index; prints seconds and the growth of its peak memory in MiB."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = _peak_memory(), time.perf_counter()
     index = ShardIndex.load(sys.argv[1])
     order = Order(index.samples_per_shard, seed=0, streams=64, window=16384)
     order.locate(1, index.num_samples // 2)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(time.perf_counter() - start, (after - before) / 1024)
+    print(time.perf_counter() - start, _peak_memory() - before)
+
+
+def _peak_memory() -> float:
+    """Of this process in MiB. (getrusage would tell the peak of the process that it was forked from, if higher.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
