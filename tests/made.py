@@ -8,6 +8,7 @@ from typing import Any
 
 import webdataset as wds
 from PIL import Image
+from torch import Tensor
 
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.storage import Shard
@@ -50,6 +51,17 @@ def numbered_images(folder: Path, sizes: Sequence[int]) -> Path:
     """Shards of these sizes of 8 x 8 images; the grey of a sample's pixels is its number."""
     numbers = iter(range(sum(sizes)))
     return image_folder(folder, [[(png(colour=next(numbers)), "1") for _ in range(size)] for size in sizes])
+
+
+def numbers_in(images: Tensor) -> list[int]:
+    """Of a batch of such images, as a stream gives them."""
+    return [round(float(image.mean() * 0.5 + 0.5) * 255) for image in images]
+
+
+def numbered_texts(folder: Path, sizes: Sequence[int]) -> Path:
+    """Shards of these sizes; a sample's file holds its number."""
+    numbers = iter(range(sum(sizes)))
+    return write_folder(folder, [[{"txt": str(next(numbers))} for _ in range(size)] for size in sizes], {})
 
 
 def reseal(folder: Path) -> None:

@@ -4,15 +4,15 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from killable import Start, trained
+from made import numbered_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from acn_scale import pretrain
@@ -155,43 +155,52 @@ def test_too_many_skipped_updates_end_the_run(two_ranks: Callable, vit: Callable
     assert two_ranks(refused, cfg) == ["step 2: 2 updates in a row skipped for non-finite gradients"] * 2
 
 
-def command(tmp_path: Path, digits: Path, *overrides: str) -> list[str]:
-    """Of a run of one process on a small config file."""
+def command_line(tmp_path: Path, train: Path, evaluation: Path, *overrides: str) -> list[str]:
+    """Arguments of a small run of 120 steps, with a checkpoint every 10."""
     path = tmp_path / "tiny.toml"
     path.write_text(
         f'run = {{name = "tiny", dir = "{tmp_path}/runs"}}\n'
         'model = {name = "vit", connectivity = "acn", depth = 2, dim = 16, num_heads = 2, image_size = 8, '
         "patch_size = 4, channels = 1, num_classes = 10}\n"
-        f'data = {{kind = "images", train = "{digits}/train", eval = "{digits}/eval"}}\n'
+        f'data = {{kind = "images", train = "{train}", eval = "{evaluation}", streams = 4}}\n'
         "optim = {lr = 1e-3}\n"
-        'train = {length = "300step", global_batch_size = 16, log_every = "1step"}\n'
-        'checkpoint = {every = "20step"}\n'
+        'train = {length = "120step", global_batch_size = 16, log_every = "1step"}\n'
+        'eval = {every = "50step"}\n'
+        'checkpoint = {every = "10step"}\n'
     )
-    return [str(SCRIPT), "--config", str(path), *overrides]
+    return ["--config", str(path), *overrides]
 
 
 @pytest.mark.slow
-def test_sigkill_loses_nothing(tmp_path: Path, digits: Path) -> None:
-    """Killed at random moments and started again, a run measures what the unbroken one does."""
-    arguments = command(tmp_path, digits)
-    unbroken = [sys.executable, *arguments, "run.name=unbroken"]
-    subprocess.run(unbroken, check=True, capture_output=True)
-    killed = [sys.executable, *arguments]
-    metrics = tmp_path / "runs/tiny/metrics.jsonl"
-    chosen = random.Random(time.time())
-    for lines in (chosen.randint(20, 120), chosen.randint(121, 250)):
-        process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):
-            time.sleep(0.02)
-            assert process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(killed, check=True, capture_output=True)
-    path = Path(arguments[2])
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0)])
+def test_sigkill_loses_nothing(tmp_path: Path, ranks: int, workers: int, kills: int = 3) -> None:
+    """Killed at random moments and started again, a run takes the samples that the unbroken one takes and measures the
+    same: it begins again after its last checkpoint, and no sample is left out."""
+    data = numbered_images(tmp_path / "data", [17] * 15)
+    arguments = command_line(tmp_path, data, data, "data.shuffle_window=30", f"data.workers={workers}")
+    arguments += ["train.micro_batch_size=4", f"train.zero_stage={ranks}"]
+    micro_steps = 4 // ranks
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert Start([*arguments, "run.name=unbroken"], unbroken, ranks).wait() == [0] * ranks
+    for _ in range(kills):
+        batches = random.randint(1, 200 * micro_steps // kills)
+        Start(arguments, broken, ranks).kill(batches)
+    assert Start(arguments, broken, ranks).wait() == [0] * ranks
+
+    for rank in range(ranks):
+        expected = [numbers for _, numbers in trained(unbroken, rank)]
+        assert len(expected) == 120 * micro_steps
+        after = 0  # the micro batch that comes next
+        for place, numbers in trained(broken, rank):
+            assert numbers == expected[place]
+            assert place == after or (place < after and place % (10 * micro_steps) == 0)
+            after = place + 1
+        assert after == len(expected)
     board = EventAccumulator(str(tmp_path / "runs/tiny/tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
-    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 301))
-    assert measured(load_config(path)) == measured(load_config(path, ["run.name=unbroken"]))
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 121))
+    cfg = load_config(Path(arguments[1]), arguments[2:])
+    assert measured(cfg) == measured(named(cfg, "unbroken"))
 
 
 @pytest.mark.slow
@@ -202,7 +211,8 @@ def test_launchers(tmp_path: Path, digits: Path, launcher: list[str]) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{binary.parent}:{os.environ['PATH']}"}
 
     def launch(*overrides: str) -> subprocess.CompletedProcess[str]:
-        arguments = [binary, *launcher[1:], *command(tmp_path, digits, "train.length=20step", *overrides)]
+        line = command_line(tmp_path, digits / "train", digits / "eval", "train.length=20step", *overrides)
+        arguments = [binary, *launcher[1:], SCRIPT, *line]
         return subprocess.run(arguments, capture_output=True, text=True, env=environment)
 
     bad = launch("data.train=nowhere")
