@@ -136,3 +136,26 @@ def test_text_that_does_not_fit_the_model(pydoc: Path) -> None:
     for key, value in (("vocab_size", 511), ("max_tokens", 31)):
         with pytest.raises(UserError, match=f"^model.{key} = {value}: "):
             TextDecoder(data, BertConfig(**model | {key: value}, num_heads=1), ShardIndex.load(pydoc / "train"))
+
+
+def test_whole_words(pydoc: Path) -> None:
+    """Words are chosen with all their pieces, but for the last one of a sequence; how many pieces stays the same."""
+    model = BertConfig(name="bert", connectivity="acn", vocab_size=512, max_tokens=32, depth=1, dim=8, num_heads=1)
+    index = ShardIndex.load(pydoc / "train")
+    data = TextDataConfig(kind="text", train=str(pydoc / "train"), eval=str(pydoc / "eval"), whole_words=True)
+    decoder = TextDecoder(data, model, index)
+    reader = ShardReader(open_folder(str(index.folder), index.shards, RemoteConfig()))
+    files = reader.read(0, 0)
+    original = np.load(io.BytesIO(files["npy"]))[3].astype(np.int64)
+    tokenizer = load_tokenizer(pydoc)
+    starts = [piece <= MASK or tokenizer.IdToPiece(int(piece)).startswith("\u2581") for piece in original]
+    words = np.cumsum(starts)
+    in_part = []
+    for epoch in range(300):
+        _, masked, labels = decoder.decode(files, 3, Key(0, epoch, 3))
+        assert (original[masked] == labels).all()
+        assert len(masked) == 5
+        inside = (original > MASK) & np.isin(words, words[masked])
+        in_part.append(len(set(words[np.setdiff1d(np.flatnonzero(inside), masked)])))
+    assert max(in_part) == 1
+    assert len({tuple(decoder.decode(files, 3, Key(0, epoch, 3))[1]) for epoch in range(50)}) > 10

@@ -15,7 +15,7 @@ ROWS = [
     {"cli", "distributed"},
     {"log", "runs", "models", "data", "optim"},
     {"engine", "checkpoint", "depth"},
-    {"pretrain", "report", "benchmark"},
+    {"pretrain", "report", "batches", "benchmark"},
 ]
 ONLY_IN = {"deepspeed": {"engine", "checkpoint"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 

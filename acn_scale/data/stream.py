@@ -96,10 +96,15 @@ class Samples(Dataset):
         shard, number = self.order.locate(epoch, place)
         return Key(self.seed, epoch, int(self.starts[shard]) + number), shard, number
 
+    def place(self, sample: int) -> tuple[int, int]:
+        """The shard of a sample of the data set, and its number in there."""
+        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return shard, sample - int(self.starts[shard])
+
     def __getitems__(self, positions: list[int]) -> Loaded:
         keys, samples, stand_ins, faults = [], [], [], []
         for row, position in enumerate(positions):
-            found, failed, mistake = self._load(position)
+            found, failed, mistake = self.load(position)
             faults += failed
             if found is None:
                 return Loaded(None, [], faults, mistake)
@@ -108,7 +113,7 @@ class Samples(Dataset):
             samples.append(found[1])
         return Loaded(self.decoder.collate(samples, keys), stand_ins, faults, None)
 
-    def _load(self, position: int) -> tuple[tuple[Key, Any] | None, list[Fault], str | None]:
+    def load(self, position: int) -> tuple[tuple[Key, Any] | None, list[Fault], str | None]:
         """(key and sample, the faults met on the way, a mistake); no sample where there is a mistake, or no way."""
         faults: list[Fault] = []
         epoch, place = divmod(position, self.num_samples)

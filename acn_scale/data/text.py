@@ -32,7 +32,7 @@ class TextDecoder:
             raise UserError(f"model.max_tokens = {model.max_tokens}: {index.folder} has sequences of {info['tokens']}")
         self.vocab_size, self.tokens = info["vocab_size"], info["tokens"]
         self.num_masked = max(1, round(cfg.mask_ratio * info["tokens"]))
-        self.starts_word = _word_starts(index, cfg) if cfg.whole_words else None
+        self.starts_word = _word_starts(shards_tokenizer(index, cfg)) if cfg.whole_words else None
 
     def decode(self, files: dict[str, bytes], row: int, key: Key) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(tokens with masks (tokens,), masked positions (masked,), their true ids (masked,)). Raises BadData."""
@@ -73,13 +73,18 @@ class TextDecoder:
         return {name: torch.from_numpy(np.stack(column)) for name, column in zip(names, columns, strict=True)}
 
 
-def _word_starts(index: ShardIndex, cfg: TextDataConfig) -> np.ndarray:
-    """For each piece whether a word starts with it; so do the special ones. (pieces,) bool."""
+def shards_tokenizer(index: ShardIndex, cfg: TextDataConfig) -> sentencepiece.SentencePieceProcessor:
+    """The tokenizer that lies beside shards. Raises UserError where there is none."""
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:
         tokenizer.LoadFromSerializedProto(read_file(str(index.folder), TOKENIZER_NAME, cfg.remote))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"data.whole_words: needs {index.folder}/{TOKENIZER_NAME}: {error}") from None
+        raise UserError(f"{index.folder}/{TOKENIZER_NAME}: {error}; tools/make_text_shards.py writes it") from None
+    return tokenizer
+
+
+def _word_starts(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+    """For each piece whether a word starts with it; so do the special ones. (pieces,) bool."""
     pieces = (tokenizer.IdToPiece(piece) for piece in range(tokenizer.vocab_size()))
     return np.array([number <= MASK or piece.startswith("\u2581") for number, piece in enumerate(pieces)])
 
