@@ -9,7 +9,8 @@ def main() -> None:
     add("--vocab-size", type=positive, default=32768, help="pieces, the special ones included (default: 32768)")
     add("--model", choices=("unigram", "bpe"), default="unigram", help="kind of tokenizer (default: unigram)")
     add("--sample-mb", type=positive, default=200, help="million characters to train on at most, drawn from all "
-        "documents (default: 200); the training takes MEMORY")  # fmt: skip
+        "documents (default: 200); it takes about 0.7 GB and 21 bytes a "
+        "character, 5 GB for 200")  # fmt: skip
     add("--character-coverage", type=share, default=0.9995, help="share of the text's characters that get a piece of "
         "their own, the rarest ones become [UNK]; default: 0.9995")  # fmt: skip
     args = parser.parse_args()
