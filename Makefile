@@ -40,7 +40,10 @@ data/digits/%/index.json: | .venv/run
 	$(BIN)/python tools/make_image_shards.py --source digits --split $* --shard-size 200 --out data/digits/$*
 
 data/pydoc/tokenizer/tokenizer.model: | .venv/run
-	$(BIN)/python tools/train_tokenizer.py --source pydoc --vocab-size 1024 --out data/pydoc/tokenizer
+	$(BIN)/python tools/train_tokenizer.py --source pydoc --vocab-size 1024 --eval-share 0.1 --character-coverage 1 \
+		--out data/pydoc/tokenizer
 
-data/pydoc/%/index.json: data/pydoc/tokenizer/tokenizer.model
-	$(BIN)/python tools/make_text_shards.py --source pydoc --split $* --tokenizer data/pydoc/tokenizer --tokens 64 --out data/pydoc/$*
+data/pydoc/train/index.json: data/pydoc/tokenizer/tokenizer.model
+	$(BIN)/python tools/make_text_shards.py --source pydoc --tokenizer data/pydoc/tokenizer --tokens 64 --out data/pydoc
+
+data/pydoc/eval/index.json: data/pydoc/train/index.json

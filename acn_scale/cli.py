@@ -1,5 +1,6 @@
 """Command line and TOML file -> Config; a user's mistake -> one line and exit code 2."""
 
+import argparse
 import difflib
 import logging
 import os
@@ -31,6 +32,48 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0" or not alike:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+TEXT_SOURCES = """sources:
+  text:GLOB       plain text, also .gz: a blank line ends a document; or WikiExtractor's <doc> blocks
+  jsonl:GLOB      a JSON object a line, also .gz
+  parquet:GLOB    Parquet files
+  hf:NAME[:CONFIG]  a data set of the Hugging Face hub (hf:wikipedia, hf:bookcorpus, ...), or a local folder
+  pydoc           the topics of Python's language reference"""
+
+
+def text_parser(description: str | None) -> argparse.ArgumentParser:
+    """With the options that tell where text comes from."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=TEXT_SOURCES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--source", required=True, nargs="+", help="where the text comes from, one or several: see below")
+    add("--weights", type=float, nargs="+", help="mix the sources by these shares of characters, until one of them has "
+        "no more (default: all of each)")  # fmt: skip
+    add("--column", default="text", help="of the text in JSONL, Parquet and Hugging Face rows (default: text)")
+    add("--streaming", action="store_true", help="hf: read from the hub without a copy on disk")
+    add("--eval-share", type=share, help="share of the documents held out for evaluation, drawn by their hash "
+        "(default: 0.01, or what the tokenizer was trained with)")  # fmt: skip
+    add("--dry-run", action="store_true", help="look at the first documents and say what there is")
+    add("--out", required=True, type=Path, help="folder to write to")
+    return parser
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
+    return value
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1, for argparse."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be from 0 to 1")
+    return value
 
 
 def config_from_args(args: Sequence[str], program: str) -> Config:

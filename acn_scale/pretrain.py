@@ -35,7 +35,7 @@ def train(cfg: Config, device: torch.device) -> None:
     """The whole run, from its newest checkpoint where there is one. Call it on every rank."""
     rank, world_size = distributed.rank(), distributed.world_size()
     with distributed.together():
-        stream = build_stream(cfg, rank, world_size, distributed.union)
+        stream = build_stream(cfg, rank, world_size, distributed.union, device)
         evaluation = build_evaluation(cfg, rank, world_size, distributed.union)
     horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
     torch.manual_seed(cfg.run.seed)  # the same initial weights on every rank

@@ -10,7 +10,7 @@ import torch
 from ranks import Ranks
 
 from acn_scale.config import Config
-from acn_scale.data.make import make_image_shards
+from acn_scale.data.make_images import make_image_shards
 
 torch.set_num_threads(1)
 

@@ -11,13 +11,17 @@ import webdataset as wds
 from sklearn.datasets import load_digits
 
 from acn_scale.config import BertConfig, Config, RemoteConfig, TextDataConfig
-from acn_scale.data import build_evaluation, build_stream, sources
-from acn_scale.data.make import make_text_shards, source_documents, train_source_tokenizer, write_shards
+from acn_scale.data import build_evaluation, build_stream
+from acn_scale.data.make_text import make_text_shards, train_source_tokenizer
 from acn_scale.data.shards import ShardIndex, ShardReader
 from acn_scale.data.storage import open_folder
 from acn_scale.data.stream import Key
-from acn_scale.data.text import CLS, MASK, SEP, TextDecoder, load_tokenizer, pack, unigram_loss
+from acn_scale.data.text import TextDecoder
+from acn_scale.data.text_sources import TextSources
+from acn_scale.data.tokenizer import MASK, load_tokenizer
 from acn_scale.errors import UserError
+
+PYDOC = TextSources(["pydoc"])
 
 
 def test_plain_webdataset_reads_our_shards(digits: Path) -> None:
@@ -30,20 +34,6 @@ def test_plain_webdataset_reads_our_shards(digits: Path) -> None:
     pixels = np.rint(images * 255 / 16).astype(np.uint8)
     expected = sorted((image.tobytes(), int(label)) for image, label in zip(pixels, labels, strict=True))
     assert sorted((image.tobytes(), label) for image, label in samples) == expected
-
-
-def test_unfinished_folder_has_no_index(tmp_path: Path) -> None:
-    """Shards come under their names only when whole, and their index last."""
-
-    def records():
-        for number in range(7):
-            if number == 6:
-                raise KeyboardInterrupt
-            yield {"__key__": str(number), "txt": "text"}
-
-    with pytest.raises(KeyboardInterrupt):
-        write_shards(records(), tmp_path, records_per_shard=2, info={})
-    assert {path.name for path in tmp_path.iterdir()} == {f"shard-00000{number}.tar" for number in range(3)}
 
 
 @pytest.mark.parametrize("augment", ["crop_flip", "randaugment", "cifar"])
@@ -94,9 +84,8 @@ def test_mixing_keeps_the_labels_in_step(vit: Callable[..., Config]) -> None:
 @pytest.fixture(scope="module")
 def pydoc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pydoc")
-    train_source_tokenizer("pydoc", 512, folder)
-    for split in ("train", "eval"):
-        make_text_shards("pydoc", split, folder, folder / split, tokens=32, shard_size=1000)
+    train_source_tokenizer(PYDOC, 512, folder, eval_share=0.1, character_coverage=1.0)
+    make_text_shards(PYDOC, folder, folder, tokens=32, shard_size=1000)
     return folder
 
 
@@ -110,23 +99,7 @@ def test_tokenizer(pydoc: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a SentencePiece model"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="--vocab-size 100000: "):
-        train_source_tokenizer("pydoc", 100_000, tmp_path)
-
-
-def test_packing_loses_nothing_but_the_rest(pydoc: Path) -> None:
-    tokenizer = load_tokenizer(pydoc)
-    documents = ["The first text. " * 9, "Another one."]
-    sequences = list(pack(documents, tokenizer, 16))
-    assert all(sequence[0] == CLS and sequence[-1] == SEP and len(sequence) == 16 for sequence in sequences)
-    stream = [token for document in documents for token in [*tokenizer.EncodeAsIds(document), SEP]]
-    body = [int(token) for sequence in sequences for token in sequence[1:-1]]
-    assert body == stream[: len(body)]
-    assert len(stream) - len(body) < 14
-
-
-def test_unigram_loss_is_the_cross_entropy_of_guessing_by_frequency() -> None:
-    sequences = [np.array([5, 5, 5, 6])] * 1000
-    assert unigram_loss(sequences, sequences, 7) == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25), abs=3e-3)
+        train_source_tokenizer(PYDOC, 100_000, tmp_path)
 
 
 def test_masking(pydoc: Path) -> None:
@@ -165,10 +138,24 @@ def test_text_that_does_not_fit_the_model(pydoc: Path) -> None:
             TextDecoder(data, BertConfig(**model | {key: value}, num_heads=1), ShardIndex.load(pydoc / "train"))
 
 
-def test_splits_share_no_document(pydoc: Path) -> None:
-    """A tenth or so of the documents is held out, and every document is on one side."""
-    indexes = {split: ShardIndex.load(pydoc / split) for split in ("train", "eval")}
-    assert 0.05 < indexes["eval"].num_samples / indexes["train"].num_samples < 0.25
-    parts = [set(source_documents("pydoc", split)) for split in ("train", "eval")]
-    assert not parts[0] & parts[1]
-    assert parts[0] | parts[1] == set(sources.pydoc())
+def test_whole_words(pydoc: Path) -> None:
+    """Words are chosen with all their pieces, but for the last one of a sequence; how many pieces stays the same."""
+    model = BertConfig(name="bert", connectivity="acn", vocab_size=512, max_tokens=32, depth=1, dim=8, num_heads=1)
+    index = ShardIndex.load(pydoc / "train")
+    data = TextDataConfig(kind="text", train=str(pydoc / "train"), eval=str(pydoc / "eval"), whole_words=True)
+    decoder = TextDecoder(data, model, index)
+    reader = ShardReader(open_folder(str(index.folder), index.shards, RemoteConfig()))
+    files = reader.read(0, 0)
+    original = np.load(io.BytesIO(files["npy"]))[3].astype(np.int64)
+    tokenizer = load_tokenizer(pydoc)
+    starts = [piece <= MASK or tokenizer.IdToPiece(int(piece)).startswith("\u2581") for piece in original]
+    words = np.cumsum(starts)
+    in_part = []
+    for epoch in range(300):
+        _, masked, labels = decoder.decode(files, 3, Key(0, epoch, 3))
+        assert (original[masked] == labels).all()
+        assert len(masked) == 5
+        inside = (original > MASK) & np.isin(words, words[masked])
+        in_part.append(len(set(words[np.setdiff1d(np.flatnonzero(inside), masked)])))
+    assert max(in_part) == 1
+    assert len({tuple(decoder.decode(files, 3, Key(0, epoch, 3))[1]) for epoch in range(50)}) > 10

@@ -15,9 +15,9 @@ ROWS = [
     {"cli", "distributed"},
     {"log", "runs", "models", "data", "optim"},
     {"engine", "checkpoint", "depth"},
-    {"pretrain", "report"},
+    {"pretrain", "report", "batches", "benchmark"},
 ]
-ONLY_IN = {"deepspeed": {"engine", "checkpoint"}, "webdataset": {"data"}, "submitit": set()}
+ONLY_IN = {"deepspeed": {"engine", "checkpoint"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 
 
 def imports(path: Path) -> set[str]:

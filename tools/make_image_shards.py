@@ -1,21 +1,50 @@
-"""Write the images of a source as webdataset shards with an index."""
+"""Write the images of a source as webdataset shards with an index. A run that was killed goes on where it stopped."""
 
 import argparse
+import os
 from pathlib import Path
 
-from acn_scale.cli import exit_on_user_error
-from acn_scale.data.make import IMAGE_SOURCES, make_image_shards
+from acn_scale.cli import exit_on_user_error, positive
+
+SOURCES = """sources:
+  folder:PATH     a folder for each class, as ImageNet has it; or train and val folders of such folders
+  cifar:PATH      the python version of CIFAR-10 or CIFAR-100 (read without running pickled code)
+  parquet:GLOB    Parquet files with a column of image bytes and one of labels
+  wds:GLOB        webdataset tars, such as "wds:in1k-{000..146}.tar"
+  hf:NAME[:CONFIG]  a data set of the Hugging Face hub, or a local folder
+  digits          scikit-learn's scanned digits"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--source", required=True, choices=sorted(IMAGE_SOURCES), help="where the images come from")
-    parser.add_argument("--split", required=True, choices=("train", "eval"), help="which part of them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=SOURCES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, help="where the images come from: see below")
+    parser.add_argument("--split", required=True, help="train, eval, or a part by the source's own name for it")
     parser.add_argument("--out", required=True, type=Path, help="folder to write to")
-    parser.add_argument("--shard-size", type=int, default=1000, help="images in a shard")
+    parser.add_argument("--shard-size", type=positive, default=1000, help="images in a shard (default: 1000)")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--resize", type=positive, help="make the shorter side no longer than this (default: as it is)")
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        help="file that names the classes in their order, a line each; or an "
+        "index.json of other shards; default: sorted names, which is ImageNet's order of wnids",
+    )
+    parser.add_argument("--streaming", action="store_true", help="hf: read from the hub without a copy on disk")
+    parser.add_argument("--dry-run", action="store_true", help="look at the source and say what would be written")
     args = parser.parse_args()
-    index = make_image_shards(args.source, args.split, args.out, shard_size=args.shard_size)
-    print(f"{args.out}: {index.num_samples} images in {len(index.shards)} shards")
+
+    from acn_scale.data.image_sources import read_classes
+    from acn_scale.data.make_images import describe_images, make_image_shards
+
+    classes = read_classes(args.classes) if args.classes else None
+    options = {"shard_size": args.shard_size, "classes": classes, "streaming": args.streaming}
+    if args.dry_run:
+        print(describe_images(args.source, args.split, **options))
+        return
+    index = make_image_shards(args.source, args.split, args.out, workers=args.workers, resize=args.resize, **options)
+    print(index.summary())
 
 
 if __name__ == "__main__":

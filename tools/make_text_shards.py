@@ -1,25 +1,39 @@
-"""Tokenize the documents of a source, pack them into full sequences and write these as webdataset shards."""
+"""Tokenize documents, pack them into full sequences and write these as webdataset shards with an index: OUT/train and
+OUT/eval. A run that was killed goes on where it stopped."""
 
-import argparse
+import os
 from pathlib import Path
 
-from acn_scale.cli import exit_on_user_error
-from acn_scale.data.make import TEXT_SOURCES, make_text_shards
+from acn_scale.cli import exit_on_user_error, positive, text_parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--source", required=True, choices=sorted(TEXT_SOURCES), help="where the text comes from")
-    parser.add_argument("--split", required=True, choices=("train", "eval"), help="which part of the documents")
-    parser.add_argument("--tokenizer", required=True, type=Path, help="folder that train_tokenizer.py wrote")
-    parser.add_argument("--tokens", type=int, default=128, help="length of a sequence, [CLS] and [SEP] included")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write to")
-    parser.add_argument("--shard-size", type=int, default=8192, help="sequences in a shard")
+    parser = text_parser(__doc__)
+    add = parser.add_argument
+    add("--tokenizer", required=True, type=Path, help="folder that train_tokenizer.py wrote")
+    add("--tokens", type=positive, default=128, help="length of a sequence with [CLS] and [SEP] (default: 128)")
+    add("--shard-size", type=positive, default=8192, help="sequences in a shard, in 64s (default: 8192)")
+    add("--workers", type=positive, default=os.cpu_count(), help="processes (default: one a core)")
     args = parser.parse_args()
-    index = make_text_shards(
-        args.source, args.split, args.tokenizer, args.out, tokens=args.tokens, shard_size=args.shard_size
+
+    from acn_scale.data.make_text import describe_text, make_text_shards
+    from acn_scale.data.text_sources import TextSources
+
+    sources = TextSources(args.source, args.weights, args.column, args.streaming)
+    if args.dry_run:
+        print(describe_text(sources, args.eval_share, args.tokenizer, args.tokens))
+        return
+    indexes = make_text_shards(
+        sources,
+        args.tokenizer,
+        args.out,
+        tokens=args.tokens,
+        shard_size=args.shard_size,
+        eval_share=args.eval_share,
+        workers=args.workers,
     )
-    print(f"{args.out}: {index.num_samples} sequences of {args.tokens} tokens in {len(index.shards)} shards")
+    for index in indexes.values():
+        print(index.summary())
 
 
 if __name__ == "__main__":

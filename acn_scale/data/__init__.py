@@ -1,16 +1,21 @@
 """The training stream and the evaluation pass that a config asks for."""
 
+import torch
+
 from acn_scale.config import Config, ImageDataConfig
 from acn_scale.data.images import ImageDecoder
 from acn_scale.data.order import DiskOrder, Order
 from acn_scale.data.shards import ShardIndex
-from acn_scale.data.stream import BatchPlan, Decoder, Evaluation, Samples, Share, Stream, alone
+from acn_scale.data.stream import BatchPlan, Decoder, DeviceCopies, Evaluation, Samples, Share, Stream, alone
 from acn_scale.data.text import TextDecoder
 from acn_scale.errors import UserError
 
 
-def build_stream(cfg: Config, rank: int = 0, world_size: int = 1, share: Share = alone) -> Stream:
-    """This rank's training stream. `share` gives all ranks' items to each (distributed.union).
+def build_stream(
+    cfg: Config, rank: int = 0, world_size: int = 1, share: Share = alone, device: torch.device | None = None
+) -> Stream:
+    """This rank's training stream. `share` gives all ranks' items to each (distributed.union). Its batches come on a
+    GPU that is given as `device`, else in main memory.
 
     Raises UserError for shards that are missing or do not fit the model.
     """
@@ -26,7 +31,8 @@ def build_stream(cfg: Config, rank: int = 0, world_size: int = 1, share: Share =
     samples = _probed(Samples(index, decoder, cfg.data, seed=cfg.run.seed, order=order))
     micro_batch_size = cfg.micro_batch_size(world_size)
     plan = BatchPlan(cfg.train.global_batch_size, micro_batch_size, rank, world_size, cfg.data.group)
-    return Stream(samples, cfg.data, plan, share)
+    copies = DeviceCopies(device) if device is not None and device.type == "cuda" else None
+    return Stream(samples, cfg.data, plan, share, copies)
 
 
 def build_evaluation(cfg: Config, rank: int = 0, world_size: int = 1, share: Share = alone) -> Evaluation:

@@ -1,129 +1,154 @@
-"""Raw data -> shards: what the tools make_image_shards, train_tokenizer and make_text_shards call."""
+"""Writing shards: whole or not at all, in parallel, going on where a killed run stopped."""
 
 import hashlib
-import io
-from collections.abc import Iterable, Iterator
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
+import filelock
 import webdataset as wds
-from PIL import Image
-from tqdm import tqdm
 
-from acn_scale.data import sources
 from acn_scale.data.shards import INDEX_NAME, Shard, ShardIndex
-from acn_scale.data.text import load_tokenizer, pack, train_tokenizer, unigram_loss
+from acn_scale.data.tokenizer import write_file
+from acn_scale.errors import UserError
 
-ROWS_PER_RECORD = 64  # token sequences in one .npy record
-EVAL_SHARE = 0.1  # of the documents, drawn by their hash
-
-IMAGE_SOURCES = {"digits": sources.digits}
-TEXT_SOURCES = {"pydoc": sources.pydoc}
+_function: Callable[[Any], Any]  # of a worker process
+WORK = ".making"  # folder for what is not finished yet; it goes when the index comes
 
 
-def make_image_shards(source: str, split: str, folder: Path, *, shard_size: int) -> ShardIndex:
-    """Write the images of a source as PNG with their classes. The index holds the pixels' mean and deviation."""
-    images = list(IMAGE_SOURCES[source](split))
-    pixels = np.stack([image for image, _ in images]) / 255
-    classes = sorted({label for _, label in images})
-    info = {
-        "kind": "images",
-        "source": source,
-        "split": split,
-        "classes": [str(label) for label in classes],
-        "mean": [float(pixels.mean())],
-        "std": [float(pixels.std())],
-    }
-    records = (
-        {"__key__": f"{number:08d}", "png": _png(image), "cls": str(label).encode()}
-        for number, (image, label) in enumerate(tqdm(images, desc=f"{folder}", unit="image"))
-    )
-    return write_shards(records, folder, records_per_shard=shard_size, info=info)
+class Making:
+    """A folder of shards in the making. Use it as a context: it keeps others from writing there meanwhile.
 
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def train_source_tokenizer(source: str, vocab_size: int, folder: Path) -> Path:
-    """Train the tokenizer on a source's training documents."""
-    return train_tokenizer(source_documents(source, "train"), vocab_size, folder)
-
-
-def make_text_shards(
-    source: str, split: str, tokenizer_folder: Path, folder: Path, *, tokens: int, shard_size: int
-) -> ShardIndex:
-    """Write packed sequences of `tokens` ids as .npy records. The index holds the loss of guessing by frequency."""
-    tokenizer = load_tokenizer(tokenizer_folder)
-    train = list(pack(source_documents(source, "train"), tokenizer, tokens))
-    sequences = train if split == "train" else list(pack(source_documents(source, split), tokenizer, tokens))
-    info = {
-        "kind": "text",
-        "source": source,
-        "split": split,
-        "tokens": tokens,
-        "vocab_size": tokenizer.vocab_size(),
-        "unigram_loss": unigram_loss(train, sequences, tokenizer.vocab_size()),
-    }
-    groups = [sequences[start : start + ROWS_PER_RECORD] for start in range(0, len(sequences), ROWS_PER_RECORD)]
-    records = (
-        {"__key__": f"{number:08d}", "npy": np.stack(group)}
-        for number, group in enumerate(tqdm(groups, desc=f"{folder}", unit="record"))
-    )
-    records_per_shard = max(1, shard_size // ROWS_PER_RECORD)
-    return write_shards(
-        records, folder, records_per_shard=records_per_shard, rows_per_record=ROWS_PER_RECORD, info=info
-    )
-
-
-def source_documents(source: str, split: str) -> Iterator[str]:
-    """The documents of a split. A document's own hash decides, so that it never changes sides."""
-    for document in TEXT_SOURCES[source]():
-        share = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8]) / 2**64
-        if (share < EVAL_SHARE) == (split == "eval"):
-            yield document
-
-
-def write_shards(
-    records: Iterable[dict[str, Any]],
-    folder: Path,
-    *,
-    records_per_shard: int,
-    rows_per_record: int = 1,
-    info: dict[str, Any],
-) -> ShardIndex:
-    """Write webdataset records as shards and, last of all, their index, without which the folder counts as unfinished.
-
-    A record is {"__key__": str, extension: bytes or what webdataset encodes}; with several rows to a record, the
-    rows of its ".npy" array are its samples.
+    `plan` says what is made and from what. Shards that were finished by the same plan are kept. Raises UserError where
+    the folder holds the work of another plan, or another process is at it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / INDEX_NAME).unlink(missing_ok=True)
-    shards = []
-    for number, group in enumerate(_groups(records, records_per_shard)):
+
+    def __init__(self, folder: Path, plan: dict[str, Any]) -> None:
+        self.folder, self.work = folder, folder / WORK
+        self.plan = plan
+        self.index: ShardIndex | None = None  # of a folder that is finished
+
+    def __enter__(self) -> Self:
+        if (self.folder / INDEX_NAME).exists():
+            self.index = ShardIndex.load(self.folder)
+            self._check(self.index.info.get("plan"))
+            return self
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = filelock.FileLock(self.work / "lock", blocking=False)
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"--out {self.folder}: another process is writing there") from None
+        except OSError as error:
+            raise UserError(f"--out {self.folder}: {error.strerror}") from None
+        plan = self.work / "plan.json"
+        if plan.exists():
+            self._check(json.loads(plan.read_text()))
+        elif any(self.folder.glob("*.tar")):
+            raise UserError(f"--out {self.folder}: holds tar files already; name another folder, or remove it")
+        write_file(plan, json.dumps(self.plan).encode())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.index is None:
+            self._lock.release()
+
+    def _check(self, plan: dict[str, Any] | None) -> None:
+        now = json.loads(json.dumps(self.plan))
+        if plan != now:
+            key = next((key for key in now if plan and plan.get(key) != now[key]), None)
+            what = f"{key} = {plan.get(key)}, now {now[key]}" if key else "made otherwise"
+            raise UserError(f"--out {self.folder}: holds other shards ({what}); name another folder, or remove it")
+
+    def write(self, number: int, records: Iterable[dict[str, Any]]) -> Shard:
+        """Write one shard of webdataset records; the rows of an "npy" array are its samples."""
         name = f"shard-{number:06d}.tar"
-        temporary = folder / (name + ".tmp")
+        temporary = self.work / name
+        samples = 0
         with wds.TarWriter(str(temporary), mtime=0) as tar:
-            for record in group:
+            for record in records:
                 tar.write(record)
-        samples = sum(len(record["npy"]) if rows_per_record > 1 else 1 for record in group)
-        digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
-        shards.append(Shard(name, samples, temporary.stat().st_size, digest))
-        temporary.rename(folder / name)
-    index = ShardIndex(folder, shards, {**info, "rows_per_record": rows_per_record})
-    index.save()
-    return index
+                samples += len(record["npy"]) if "npy" in record else 1
+        shard = describe(temporary, samples)
+        temporary.rename(self.folder / name)
+        return shard
+
+    def record(self, number: int, shard: Shard, notes: dict[str, Any]) -> None:
+        """Say that a shard is done, and what its writer has to remember of it."""
+        write_file(self.work / f"{number:06d}.json", json.dumps({"shard": asdict(shard), "notes": notes}).encode())
+
+    def done(self, number: int) -> tuple[Shard, dict[str, Any]] | None:
+        """A shard that is done with its notes. None where it has to be made."""
+        try:
+            values = json.loads((self.work / f"{number:06d}.json").read_bytes())
+            shard = Shard(**values["shard"])
+            whole = (self.folder / shard.name).stat().st_size == shard.bytes
+        except (OSError, ValueError):
+            return None
+        return (shard, values["notes"]) if whole else None
+
+    def finish(self, shards: list[Shard], info: dict[str, Any]) -> ShardIndex:
+        """Write the index, without which the folder counts as unfinished."""
+        info |= {"plan": self.plan, "tool": f"acn_scale {version('acn_scale')}"}
+        self.index = ShardIndex(self.folder, [shard for shard in shards if shard.samples], info)
+        self.index.save()
+        self._lock.release()
+        shutil.rmtree(self.work)
+        return self.index
 
 
-def _groups(records: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    group = []
-    for record in records:
-        group.append(record)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+def describe(path: Path, samples: int) -> Shard:
+    """A tar file as the index lists it."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Shard(path.name, samples, path.stat().st_size, digest)
+
+
+def in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """map() over so many processes: results in the order of the items, which are taken only as fast as needed."""
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    # Forked, so that the function and what it refers to need not be sent.
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(function,))
+    waiting: deque[Future[Any]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(_work, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(f"--workers {workers}: a worker process was killed; was there too little memory?") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(function: Callable[[Any], Any]) -> None:
+    """Ctrl-C is the parent's affair; but a worker whose parent was killed would wait for work for ever."""
+    global _function
+    _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(item: Any) -> Any:
+    return _function(item)

@@ -68,6 +68,11 @@ class ShardIndex:
     def num_samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
+    def summary(self) -> str:
+        """The folder in one line."""
+        total = sum(shard.bytes for shard in self.shards)
+        return f"{self.folder}: {self.num_samples:,} samples in {len(self.shards):,} shards, {total / 1e6:,.1f} MB"
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Of the shards' contents, whatever folder they lie in."""

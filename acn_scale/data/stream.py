@@ -1,7 +1,9 @@
 """Shards -> batches: the infinite, resumable training stream of a rank, and the finite evaluation pass."""
 
+import hashlib
 import itertools
 import logging
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -33,6 +35,11 @@ class Key:
 
     def generator(self) -> np.random.Generator:
         return np.random.default_rng([self.seed, self.epoch, self.sample])
+
+    def number(self, purpose: int) -> int:
+        """A random number 0 ... 2**63 - 1 that seeds a generator. What one purpose draws tells nothing of another's."""
+        packed = struct.pack("<4q", self.seed, self.epoch, self.sample, purpose)
+        return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest()) >> 1
 
 
 @dataclass(frozen=True)
@@ -89,10 +96,15 @@ class Samples(Dataset):
         shard, number = self.order.locate(epoch, place)
         return Key(self.seed, epoch, int(self.starts[shard]) + number), shard, number
 
+    def place(self, sample: int) -> tuple[int, int]:
+        """The shard of a sample of the data set, and its number in there."""
+        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return shard, sample - int(self.starts[shard])
+
     def __getitems__(self, positions: list[int]) -> Loaded:
         keys, samples, stand_ins, faults = [], [], [], []
         for row, position in enumerate(positions):
-            found, failed, mistake = self._load(position)
+            found, failed, mistake = self.load(position)
             faults += failed
             if found is None:
                 return Loaded(None, [], faults, mistake)
@@ -101,7 +113,7 @@ class Samples(Dataset):
             samples.append(found[1])
         return Loaded(self.decoder.collate(samples, keys), stand_ins, faults, None)
 
-    def _load(self, position: int) -> tuple[tuple[Key, Any] | None, list[Fault], str | None]:
+    def load(self, position: int) -> tuple[tuple[Key, Any] | None, list[Fault], str | None]:
         """(key and sample, the faults met on the way, a mistake); no sample where there is a mistake, or no way."""
         faults: list[Fault] = []
         epoch, place = divmod(position, self.num_samples)
@@ -143,6 +155,26 @@ Share = Callable[[list[Any]], list[Any]]
 def alone(items: list[Any]) -> list[Any]:
     """The items of all ranks, where there is one."""
     return items
+
+
+class DeviceCopies:
+    """Copies batches to a GPU on a CUDA stream of its own, so that the next one travels while this one is used."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def start(self, batch: Batch) -> Batch:
+        """The batch on the device, which may not be used yet. It comes from pinned memory."""
+        with torch.cuda.stream(self.stream):
+            return {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
+
+    def finish(self, batch: Batch) -> None:
+        """From here on it may be used on the current CUDA stream."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
+        for values in batch.values():
+            values.record_stream(current)  # or its memory could be given away while it is in use
 
 
 class BadSamples:
@@ -206,9 +238,17 @@ class Stream:
     Taking a batch is collective over the ranks, through `share`: what one of them cannot read, all of them hear of.
     """
 
-    def __init__(self, samples: Samples, cfg: StreamConfig, plan: BatchPlan, share: Share = alone) -> None:
-        self.samples, self.cfg, self.plan, self.share = samples, cfg, plan, share
-        self.taken = 0  # micro batches
+    def __init__(
+        self,
+        samples: Samples,
+        cfg: StreamConfig,
+        plan: BatchPlan,
+        share: Share = alone,
+        copies: DeviceCopies | None = None,
+    ) -> None:
+        self.samples, self.cfg, self.plan, self.share, self.copies = samples, cfg, plan, share, copies
+        self.taken = 0  # micro batches handed out
+        self._ahead: Loaded | None = None  # on its way to the device
         self.bad = BadSamples(cfg, share)
         self._batches: Iterator[Loaded] | None = None
         self._fetched: set[tuple[int, int, int]] = set()  # windows whose shards are on their way
@@ -221,14 +261,23 @@ class Stream:
             self._batches = iter(_loader(self.samples, self.plan.batches(self.taken), self.cfg.workers))
         if self.taken % self.plan.micro_steps == 0:
             self._prefetch(self.taken // self.plan.micro_steps)
-        loaded = next(self._batches)
+        loaded = self._load() if self._ahead is None else self._ahead
+        if self.copies and loaded.batch is not None:
+            self.copies.finish(loaded.batch)
+            self._ahead = self._load()
         self.bad.note(loaded)
         self.taken += 1
         return loaded.batch
 
+    def _load(self) -> Loaded:
+        loaded = next(self._batches)
+        if self.copies is None or loaded.batch is None:
+            return loaded
+        return loaded._replace(batch=self.copies.start(loaded.batch))
+
     def close(self) -> None:
         """End the loader processes. A next batch starts them again where they were."""
-        self._batches = None
+        self._batches = self._ahead = None
 
     def _prefetch(self, step: int) -> None:
         """Have the shards of this step's windows and of the windows after them brought to this node."""

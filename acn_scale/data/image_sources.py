@@ -1,0 +1,409 @@
+"""Images as people have them -> encoded images with class numbers, any range of them at once."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from acn_scale.data.shards import INDEX_NAME, Table
+from acn_scale.data.sources import EVAL_NAMES, find_files, find_source, load_hugging_face, split_name
+from acn_scale.errors import BadData, UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+DIGITS_TRAIN = 1400  # of 1,797 images; the others are for evaluation
+
+
+class RawImage(NamedTuple):
+    """An image file's bytes; what its source calls it."""
+
+    content: bytes
+    label: int
+    name: str
+
+
+class ImageSource(Protocol):
+    """`identity` changes when the images do. `size` is None where only reading on tells how many there are."""
+
+    classes: Sequence[str]
+    identity: str
+    size: int | None
+
+    def read(self, start: int, stop: int | None) -> Iterator[RawImage]:
+        """The images from `start` up to `stop`."""
+        ...
+
+
+def open_images(
+    source: str, split: str, *, classes: Sequence[str] | None = None, streaming: bool = False
+) -> ImageSource:
+    """`classes` names the classes in their order, where the source's own are not meant. Raises UserError."""
+    opener, rest = find_source(source, IMAGE_SOURCES)
+    return opener(rest, split, classes, streaming)
+
+
+def read_classes(path: Path) -> list[str]:
+    """Class names in their order: from an index.json of shards, a JSON list, Keras's imagenet_class_index.json, or
+    the first words of a text file's lines. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".json":
+            names = [line.split()[0] for line in text.splitlines() if line.strip()]
+        else:
+            values = json.loads(text)
+            if isinstance(values, dict) and "info" in values:
+                values = values["info"]["classes"]
+            if isinstance(values, dict):
+                values = [values[str(number)][0] for number in range(len(values))]
+            names = [str(name) for name in values]
+    except OSError as error:
+        raise UserError(f"--classes {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise UserError(f"--classes {path}: no list of classes") from None
+    if len(set(names)) < len(names) or not names:
+        raise UserError(f"--classes {path}: must name each class once")
+    return names
+
+
+@dataclass
+class Arrays:
+    """Small images that fit in memory, written as PNG."""
+
+    images: np.ndarray  # (n, height, width[, 3]) uint8
+    labels: Sequence[int]
+    classes: Sequence[str]
+
+    @property
+    def size(self) -> int:
+        return len(self.images)
+
+    @cached_property
+    def identity(self) -> str:
+        return hashlib.sha256(self.images.tobytes() + bytes(self.labels)).hexdigest()
+
+    def read(self, start: int, stop: int | None) -> Iterator[RawImage]:
+        for image, label in zip(self.images[start:stop], self.labels[start:stop], strict=True):
+            yield RawImage(encode_png(Image.fromarray(image)), int(label), "")
+
+
+def encode_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def digits(rest: str, split: str, classes: Sequence[str] | None, streaming: bool) -> Arrays:
+    """scikit-learn's scanned digits, 8 x 8 pixels. The split is one fixed random draw."""
+    from sklearn.datasets import load_digits
+
+    if split not in ("train", "eval"):
+        raise UserError(f"--split {split}: there are eval, train")
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    chosen = order[:DIGITS_TRAIN] if split == "train" else order[DIGITS_TRAIN:]
+    pixels = np.rint(images[chosen] * (255 / 16)).astype(np.uint8)  # 17 levels of grey
+    return Arrays(pixels.reshape(-1, 8, 8), labels[chosen].tolist(), [str(number) for number in range(10)])
+
+
+def cifar(rest: str, split: str, classes: Sequence[str] | None, streaming: bool) -> Arrays:
+    """CIFAR-10 or CIFAR-100 (fine labels) from the python version's files (Krizhevsky 2009)."""
+    folder = next(
+        (path for path in (Path(rest), *sorted(Path(rest).glob("cifar-*-*"))) if _cifar_files(path, "train")), None
+    )
+    if folder is None:
+        raise UserError(f"cifar:{rest}: holds neither data_batch_1 ... 5 (CIFAR-10) nor train and test (CIFAR-100)")
+    batches = [_unpickle(path) for path in _cifar_files(folder, split_name(split, ("train", "test")))]
+    key, names = (b"fine_labels", b"fine_label_names") if (folder / "meta").exists() else (b"labels", b"label_names")
+    try:
+        meta = _unpickle(folder / ("meta" if key == b"fine_labels" else "batches.meta"))
+        pixels = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = [int(label) for batch in batches for label in batch[key]]
+        found = [name.decode() for name in meta[names]]
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: not the python version of CIFAR: {error!r}") from None
+    if pixels.dtype != np.uint8 or len(labels) != len(pixels) or not set(labels) <= set(range(len(found))):
+        raise UserError(f"{folder}: not the python version of CIFAR: {len(pixels)} images, {len(labels)} labels")
+    return Arrays(np.ascontiguousarray(pixels), labels, found)
+
+
+def _cifar_files(folder: Path, split: str) -> list[Path]:
+    if (folder / "data_batch_1").is_file():
+        return sorted(folder.glob("data_batch_[0-9]")) if split == "train" else [folder / "test_batch"]
+    return [folder / split] if (folder / split).is_file() and (folder / "meta").is_file() else []
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Makes containers, numbers, text and numpy arrays; whatever else a pickle asks for could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {
+            "_reconstruct": np._core.multiarray._reconstruct,
+            "ndarray": np.ndarray,
+            "dtype": np.dtype,
+            "encode": _latin1,  # how Python 3 writes bytes for Python 2
+        }
+        modules = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "_codecs")
+        if module in modules and name in allowed:
+            return allowed[name]
+        raise pickle.UnpicklingError(f"asks for {module}.{name}")
+
+
+def _latin1(text: str, codec: str) -> bytes:
+    return text.encode("latin1")
+
+
+def _unpickle(path: Path) -> dict[bytes, Any]:
+    try:
+        with path.open("rb") as file:
+            values = _ArraysOnly(file, encoding="bytes").load()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except Exception as error:  # damaged pickles fail in every way
+        raise UserError(f"{path}: not a file of CIFAR's python version: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a file of CIFAR's python version")
+    return values
+
+
+class Folder:
+    """A folder for each class, ImageNet's layout. In an order drawn once, so that each shard has all classes.
+
+    Classes are numbered in the order of their sorted names, as torchvision's ImageFolder and timm number ImageNet's.
+    """
+
+    def __init__(self, rest: str, split: str, classes: Sequence[str] | None, streaming: bool) -> None:
+        root = Path(rest)
+        if not root.is_dir():
+            raise UserError(f"folder:{rest}: no such folder")
+        parts = {path.name for path in root.iterdir() if path.is_dir()}
+        if "train" in parts and parts <= {"train", *EVAL_NAMES}:  # otherwise the folder is itself the split
+            self.classes = classes or _class_folders(root / "train")
+            root = root / split_name(split, parts)
+        else:
+            self.classes = classes or _class_folders(root)
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        strange = [name for name in _class_folders(root) if name not in numbers]
+        if strange:
+            raise UserError(f"{root}: class folder {strange[0]} is not among the {len(numbers)} classes")
+        self.root = root
+        paths = [path for name in _class_folders(root) for path in _images_under(root / name)]
+        if not paths:
+            raise UserError(f"{root}: no class folders with images ({' '.join(EXTENSIONS)})")
+        order = np.random.default_rng(0).permutation(len(paths))
+        self._paths = [os.path.relpath(paths[number], root) for number in order]
+        self._numbers = numbers
+        self.size = len(paths)
+        self.identity = hashlib.sha256("\n".join(self._paths).encode()).hexdigest()
+
+    def read(self, start: int, stop: int | None) -> Iterator[RawImage]:
+        for path in self._paths[start:stop]:
+            label = self._numbers[path.split(os.sep, 1)[0]]
+            yield RawImage((self.root / path).read_bytes(), label, path)
+
+
+def _class_folders(root: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _images_under(folder: Path) -> list[str]:
+    found = [
+        os.path.join(place, name)
+        for place, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+    ]
+    return sorted(found)
+
+
+@dataclass
+class Parts:
+    """Images in files that each hold many: finds the files of a range and leaves reading these to others."""
+
+    classes: Sequence[str]
+    identity: str
+    sizes: Sequence[int]  # images in each part
+    read_part: Callable[[int, int, int], Iterator[RawImage]]  # part, start, stop
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = sum(self.sizes)
+
+    def read(self, start: int, stop: int | None) -> Iterator[RawImage]:
+        stop = self.size if stop is None else min(stop, self.size)
+        first = 0
+        for part, size in enumerate(self.sizes):
+            if max(start, first) < min(stop, first + size):
+                yield from self.read_part(part, max(start - first, 0), min(stop - first, size))
+            first += size
+
+
+def parquet(rest: str, split: str, classes: Sequence[str] | None, streaming: bool) -> Parts:
+    """Parquet files with a column of image bytes, or of the structs that Hugging Face writes, and one of labels."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    paths = find_files(rest)
+    groups: list[tuple[Path, int]] = []
+    sizes: list[int] = []
+    try:
+        schema = pq.read_schema(paths[0])
+        image, label, names = _columns(paths[0], schema)
+        for path in paths:
+            metadata = pq.read_metadata(path)
+            groups += [(path, group) for group in range(metadata.num_row_groups)]
+            sizes += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        if classes is None:
+            classes = names or _values_of_column(paths, label)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"parquet:{rest}: {str(error).splitlines()[0]}") from None
+    numbers = {name: number for number, name in enumerate(classes)}
+
+    def read(part: int, start: int, stop: int) -> Iterator[RawImage]:
+        path, group = groups[part]
+        table = pq.ParquetFile(path).read_row_group(group, columns=[image, label]).slice(start, stop - start)
+        for offset, (content, value) in enumerate(zip(table[image], table[label], strict=True)):
+            content, value = content.as_py(), value.as_py()
+            content = content.get("bytes") if isinstance(content, dict) else content
+            where = f"{path.name}: row group {group}, row {start + offset}"
+            yield RawImage(content or b"", _number(value, numbers, where), f"{path.stem}-{group}-{start + offset}")
+
+    return Parts(classes, _identity([(path, path.stat().st_size) for path in paths]), sizes, read)
+
+
+def _columns(path: Path, schema: Any) -> tuple[str, str, list[str] | None]:
+    """(image column, label column, class names where the file tells them)."""
+    import pyarrow as pa
+
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+
+    def is_image(field: Any) -> bool:
+        kind = field.type
+        if pa.types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    images = [field.name for field in schema if is_image(field)]
+    labels = [name for name in features if features[name].get("_type") == "ClassLabel"]
+    labels += [name for name in ("label", "labels", "fine_label", "cls", "class") if name in schema.names]
+    if not images or not labels:
+        raise UserError(f"{path}: needs a column of image bytes and one named label; has {', '.join(schema.names)}")
+    return images[0], labels[0], features.get(labels[0], {}).get("names")
+
+
+def _values_of_column(paths: Sequence[Path], label: str) -> list[str]:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    values = {value for path in paths for value in pc.unique(pq.read_table(path, columns=[label])[label]).to_pylist()}
+    return _names(values)
+
+
+def _names(values: set[Any]) -> list[str]:
+    """Class names from the labels that occur: numbers count from 0, words are sorted."""
+    if all(isinstance(value, int) for value in values):
+        return [str(number) for number in range(max(values, default=-1) + 1)]
+    return sorted(map(str, values))
+
+
+def _number(value: Any, numbers: dict[str, int], where: str) -> int:
+    """The class number of a label. Raises UserError for one that is not among the classes."""
+    if type(value) is int and 0 <= value < len(numbers):
+        return value
+    if str(value) not in numbers:
+        raise UserError(f"{where}: label {value!r} is not among the {len(numbers)} classes")
+    return numbers[str(value)]
+
+
+def _identity(values: Sequence[Any]) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
+def webdataset(rest: str, split: str, classes: Sequence[str] | None, streaming: bool) -> Parts:
+    """Webdataset tars with an image and a .cls (a class's number, or its name where `classes` are given)."""
+    paths = [path for path in find_files(rest) if path.name != INDEX_NAME]
+    sizes, labels = [], set()
+    for path in paths:
+        try:
+            table = Table(path)
+        except BadData as error:
+            raise UserError(f"{path}: {error}") from None
+        sizes.append(len(table.places))
+        if classes is None:
+            labels |= {_label(table.read(record), f"{path}: {table.key(record)}") for record in range(sizes[-1])}
+    if classes is None and (words := [label for label in labels if not isinstance(label, int)]):
+        raise UserError(f"wds:{rest}: label {words[0]!r}: --classes must name the classes in their order")
+    numbers = {name: number for number, name in enumerate(classes or _names(labels))}
+
+    def read(part: int, start: int, stop: int) -> Iterator[RawImage]:
+        path = paths[part]
+        table = Table(path)
+        for record in range(start, stop):
+            where, files = f"{path}: {table.key(record)}", table.read(record)
+            image = next((files[name] for name in files if f".{name}" in EXTENSIONS), b"")
+            yield RawImage(image, _number(_label(files, where), numbers, where), table.key(record))
+
+    return Parts(list(numbers), _identity([(path, path.stat().st_size) for path in paths]), sizes, read)
+
+
+def _label(files: dict[str, bytes], where: str) -> int | str:
+    if "cls" not in files:
+        raise UserError(f"{where}: has no .cls, but {', '.join(files)}")
+    text = files["cls"].decode(errors="replace").strip()
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else text
+
+
+class HuggingFace:
+    """A data set of the hub or a local folder; when it streams, it is only read from its beginning on."""
+
+    def __init__(self, rest: str, split: str, classes: Sequence[str] | None, streaming: bool) -> None:
+        import datasets
+
+        data = load_hugging_face(rest, split, streaming=streaming)
+        features = data.features or {}
+        images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+        labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+        labels = sorted(labels, key=lambda name: name.startswith("coarse")) + [n for n in ("label",) if n in features]
+        if not images or not labels:
+            raise UserError(f"hf:{rest}: needs a column of images and one of labels; has {', '.join(features)}")
+        self._image, self._label = images[0], labels[0]
+        if classes is None and isinstance(features[self._label], datasets.ClassLabel):
+            classes = features[self._label].names
+        if classes is None and streaming:
+            raise UserError(f"hf:{rest}: has labels without names: --classes must name them")
+        self.classes = classes or _names(set(data.unique(self._label)))
+        self._numbers = {name: number for number, name in enumerate(self.classes)}
+        self._data = data.cast_column(self._image, datasets.Image(decode=False))  # the original bytes
+        self.size = None if streaming else len(data)
+        self.identity = _identity([rest, split, self.size, getattr(data, "_fingerprint", None)])
+
+    def read(self, start: int, stop: int | None) -> Iterator[RawImage]:
+        if self.size is None:
+            rows = self._data.skip(start) if stop is None else self._data.skip(start).take(stop - start)
+        else:
+            rows = (self._data[number] for number in range(start, min(stop or self.size, self.size)))
+        for number, row in enumerate(rows, start):
+            image = row[self._image] or {}
+            content = image.get("bytes")
+            if content is None and image.get("path"):
+                content = Path(image["path"]).read_bytes()
+            label = _number(row[self._label], self._numbers, f"row {number}")
+            yield RawImage(content or b"", label, Path(image.get("path") or "").name)
+
+
+IMAGE_SOURCES: dict[str, Callable[..., ImageSource]] = {
+    "folder": Folder,
+    "cifar": cifar,
+    "parquet": parquet,
+    "wds": webdataset,
+    "hf": HuggingFace,
+    "digits": digits,
+}

@@ -1,0 +1,432 @@
+"""Shards from any source: what comes in is what is written, whoever writes it and however often it is killed."""
+
+import gzip
+import io
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from acn_scale.config import Config
+from acn_scale.data import build_stream
+from acn_scale.data.image_sources import open_images, read_classes
+from acn_scale.data.make import Making
+from acn_scale.data.make_images import describe_images, index_shards, make_image_shards
+from acn_scale.data.make_text import describe_text, make_text_shards, train_source_tokenizer
+from acn_scale.data.shards import ShardIndex
+from acn_scale.data.text_sources import Counts, TextSources, split_documents
+from acn_scale.data.tokenizer import MASK, SEP, load_tokenizer, sample_documents
+from acn_scale.errors import UserError
+from tests.made import png
+
+ROOT = Path(__file__).parents[1]
+CLASSES = ["ant", "bee", "cat"]
+Sample = tuple[bytes, int]
+
+
+def picture(number: int, kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (12 + number % 5, 14, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, format=kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Sample]:
+    return [(picture(number, "PNG" if number % 7 == 0 else "JPEG"), number % 3) for number in range(40)]
+
+
+@pytest.fixture(scope="module")
+def class_folders(tmp_path_factory: pytest.TempPathFactory, pictures: list[Sample]) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    for number, (content, label) in enumerate(pictures):
+        folder = root / "train" / CLASSES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:02d}.{'png' if number % 7 == 0 else 'JPEG'}").write_bytes(content)
+    (root / "val" / "cat").mkdir(parents=True)
+    (root / "val" / "cat" / "one.jpg").write_bytes(pictures[1][0])
+    return root
+
+
+def written(folder: Path) -> list[Sample]:
+    """As plain webdataset reads it."""
+    names = sorted(str(path) for path in folder.glob("*.tar"))
+    samples = wds.WebDataset(names, shardshuffle=False, empty_check=False)
+    return [(next(sample[name] for name in ("jpg", "png") if name in sample), int(sample["cls"])) for sample in samples]
+
+
+def hashes(folder: Path) -> list[str]:
+    return [shard.sha256 for shard in ShardIndex.load(folder).shards]
+
+
+def test_folders_of_classes(class_folders: Path, pictures: list[Sample], tmp_path: Path) -> None:
+    """Bytes are kept; classes are numbered as torchvision numbers them, for both splits as for training."""
+    index = make_image_shards(f"folder:{class_folders}", "train", tmp_path / "train", shard_size=16, workers=2)
+    assert [shard.samples for shard in index.shards] == [16, 16, 8]
+    assert sorted(written(tmp_path / "train")) == sorted(pictures)
+    labels = [label for _, label in written(tmp_path / "train")]
+    assert labels != sorted(labels), "each shard has images of all classes"
+    assert index.info["classes"] == CLASSES
+    make_image_shards(f"folder:{class_folders}", "eval", tmp_path / "eval")
+    assert written(tmp_path / "eval") == [(pictures[1][0], 2)]
+    pixels = [np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) / 255 for content, _ in pictures]
+    np.testing.assert_allclose(index.info["mean"], np.mean([image.mean((0, 1)) for image in pixels], 0))
+    squares = np.mean([np.square(image).mean((0, 1)) for image in pixels], 0)
+    np.testing.assert_allclose(index.info["std"], np.sqrt(squares - np.square(index.info["mean"])))
+
+
+def _parquet_by_hand(folder: Path, pictures: list[Sample]) -> str:
+    for part in range(2):
+        rows = pictures[part * 20 : part * 20 + 20]
+        columns = {"image": [content for content, _ in rows], "label": [CLASSES[label] for _, label in rows]}
+        pq.write_table(pa.table(columns), folder / f"part-{part}.parquet", row_group_size=7)
+    return f"parquet:{folder}/part-{{0..1}}.parquet"
+
+
+def _hugging_face(folder: Path, pictures: list[Sample]) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+    rows = {
+        "image": [{"bytes": content, "path": None} for content, _ in pictures],
+        "label": [label for _, label in pictures],
+    }
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+
+
+def _webdataset(folder: Path, pictures: list[Sample]) -> str:
+    with wds.ShardWriter(f"{folder}/in-%06d.tar", maxcount=15, verbose=0) as writer:
+        for number, (content, label) in enumerate(pictures):
+            extension = "png" if number % 7 == 0 else "jpg"
+            writer.write({"__key__": f"sample{number}", extension: content, "cls": str(label)})
+    return f"wds:{folder}/in-*.tar"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "parquet of datasets", "wds", "hf", "hf streaming"])
+def test_other_sources_of_images(kind: str, pictures: list[Sample], tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    if kind == "parquet":
+        source = _parquet_by_hand(folder, pictures)
+    elif kind == "wds":
+        source = _webdataset(folder, pictures)
+    else:
+        _hugging_face(folder, pictures)
+        source = f"parquet:{folder}/train.parquet" if kind.startswith("parquet") else f"hf:{folder}"
+    streaming = kind == "hf streaming"
+    index = make_image_shards(source, "train", tmp_path / "out", shard_size=9, workers=2, streaming=streaming)
+    assert written(tmp_path / "out") == pictures
+    assert index.info["classes"] == (["0", "1", "2"] if kind == "wds" else CLASSES)
+
+
+def _cifar(folder: Path) -> tuple[np.ndarray, list[int]]:
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    data, labels = random.integers(0, 256, (50, 3072), dtype=np.uint8), random.integers(0, 3, 50).tolist()
+    for part in range(5):
+        rows = slice(part * 10, part * 10 + 10)
+        values = {b"data": data[rows], b"labels": labels[rows]}
+        (folder / f"data_batch_{part + 1}").write_bytes(pickle.dumps(values, protocol=2))
+    (folder / "test_batch").write_bytes(pickle.dumps({b"data": data[:3], b"labels": labels[:3]}, protocol=2))
+    names = {b"label_names": [name.encode() for name in CLASSES]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names, protocol=2))
+    return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
+
+
+def test_cifar(tmp_path: Path) -> None:
+    pixels, labels = _cifar(tmp_path / "cifar-10-batches-py")
+    index = make_image_shards(f"cifar:{tmp_path}", "train", tmp_path / "out", shard_size=20)
+    assert index.info["classes"] == CLASSES
+    for (content, label), image, expected in zip(written(tmp_path / "out"), pixels, labels, strict=True):
+        assert label == expected
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(content))), image)
+    assert make_image_shards(f"cifar:{tmp_path}", "eval", tmp_path / "eval").num_samples == 3
+
+
+class _Harm:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, ...]]:
+        return Path.touch, (Path("harm"),)
+
+
+def test_a_pickle_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _cifar(tmp_path / "cifar-10-batches-py")
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps({b"data": _Harm()}))
+    with pytest.raises(UserError, match=r"data_batch_3: not a file of CIFAR's python version: asks for pathlib"):
+        make_image_shards(f"cifar:{tmp_path}", "train", tmp_path / "out")
+    assert not (tmp_path / "harm").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_any_number_of_workers_writes_the_same(class_folders: Path, tmp_path: Path) -> None:
+    for workers in (1, 3):
+        make_image_shards(f"folder:{class_folders}", "train", tmp_path / str(workers), shard_size=7, workers=workers)
+    assert hashes(tmp_path / "1") == hashes(tmp_path / "3")
+
+
+def test_what_is_no_image_is_left_out_and_listed(tmp_path: Path) -> None:
+    for number, content in enumerate([picture(0), b"", picture(1)[:30], b"GIF87a", picture(2, "BMP")]):
+        (tmp_path / "in" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / "a" / f"{number}.jpg").write_bytes(content)
+    index = make_image_shards(f"folder:{tmp_path}/in", "train", tmp_path / "out", shard_size=2)
+    assert index.num_samples == 2
+    assert sorted(line[:8] for line in index.info["left_out"]) == ["a/1.jpg:", "a/2.jpg:", "a/3.jpg:"]
+    assert {content[:4] for content, _ in written(tmp_path / "out")} == {picture(0)[:4], b"\x89PNG"}
+
+
+def test_resizing_keeps_what_is_small(tmp_path: Path) -> None:
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "a" / "small.png").write_bytes(png(7, 5))
+    (tmp_path / "in" / "a" / "large.png").write_bytes(png(40, 20))
+    make_image_shards(f"folder:{tmp_path}/in", "train", tmp_path / "out", resize=10)
+    sizes = {Image.open(io.BytesIO(content)).size for content, _ in written(tmp_path / "out")}
+    assert sizes == {(7, 5), (20, 10)}
+    assert png(7, 5) in [content for content, _ in written(tmp_path / "out")]
+
+
+def test_classes_in_another_order(class_folders: Path, pictures: list[Sample], tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("zebra\ncat, Felis\nbee\nant\n".replace(",", ""))
+    (tmp_path / "keras.json").write_text(json.dumps({"0": ["zebra", "Z"], "1": ["cat", "C"], "2": ["bee", "B"]}))
+    assert read_classes(tmp_path / "keras.json") == ["zebra", "cat", "bee"]
+    classes = read_classes(tmp_path / "names.txt")
+    images = open_images(f"folder:{class_folders}", "train", classes=classes)
+    mapped = sorted((content, {0: 3, 1: 2, 2: 1}[label]) for content, label in pictures)
+    assert sorted((raw.content, raw.label) for raw in images.read(0, None or images.size)) == mapped
+    with pytest.raises(UserError, match="class folder ant is not among the 3 classes"):
+        open_images(f"folder:{class_folders}", "train", classes=["zebra", "cat", "bee"])
+
+
+def run_killed(arguments: list[str], shards: Path, seen: int) -> None:
+    """Run a tool and kill it as soon as it has written so many shards."""
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while len(list(shards.glob("*.tar"))) < seen:
+        assert process.poll() is None, "it was done before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_makers_go_on_where_they_stopped(workers: int, class_folders: Path, tmp_path: Path) -> None:
+    out, source = tmp_path / "out", f"folder:{class_folders}"
+    arguments = ["tools/make_image_shards.py", "--source", source, "--split", "train", "--shard-size", "1"]
+    run_killed([*arguments, "--workers", str(workers), "--out", str(out)], out, seen=5)
+    assert not (out / "index.json").exists()
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("*.tar") if _record(out, path).exists()}
+    assert all(json.loads(_record(out, path).read_text())["shard"]["bytes"] == path.stat().st_size for path in finished)
+    make_image_shards(source, "train", out, shard_size=1, workers=workers)
+    make_image_shards(source, "train", tmp_path / "whole", shard_size=1)
+    assert hashes(out) == hashes(tmp_path / "whole")
+    assert finished
+    assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
+    assert {path.name for path in out.iterdir() if path.suffix != ".tar"} == {"index.json"}
+
+
+def _record(out: Path, shard: Path) -> Path:
+    return out / ".making" / f"{shard.stem.removeprefix('shard-')}.json"
+
+
+def test_another_plan_or_process_keeps_out(class_folders: Path, tmp_path: Path) -> None:
+    make_image_shards(f"folder:{class_folders}", "train", tmp_path / "out", shard_size=7)
+    before = hashes(tmp_path / "out")
+    with pytest.raises(UserError, match=r"holds other shards \(shard_size = 7, now 8\)"):
+        make_image_shards(f"folder:{class_folders}", "train", tmp_path / "out", shard_size=8)
+    assert hashes(tmp_path / "out") == before
+    with Making(tmp_path / "new", {"a": 1}), pytest.raises(UserError, match="another process is writing there"):
+        Making(tmp_path / "new", {"a": 1}).__enter__()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.tar").write_bytes(b"")
+    with pytest.raises(UserError, match="holds tar files already"):
+        Making(tmp_path / "full", {}).__enter__()
+
+
+def test_tars_of_others_get_an_index(pictures: list[Sample], tmp_path: Path, vit: Callable[..., Config]) -> None:
+    """And can be trained on as they are."""
+    _webdataset(tmp_path, pictures)
+    index = index_shards(tmp_path, workers=2)
+    assert [shard.samples for shard in index.shards] == [15, 15, 10]
+    data = {"train": str(tmp_path), "eval": str(tmp_path), "augment": "crop_flip"}
+    stream = build_stream(vit(data=data, model={"channels": 3}, train={"global_batch_size": 40}))
+    assert sorted(next(stream)["labels"].tolist()) == sorted(label for _, label in pictures)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nothing:x", "must start with one of folder:, cifar:"),
+        ("folder:/nowhere", "no such folder"),
+        ("parquet:/nowhere/*.parquet", "no such file"),
+        ("wds:/nowhere/x.tar", "no such file"),
+        ("cifar:/nowhere", "holds neither data_batch_1"),
+        ("hf:/nowhere/set", "hf:/nowhere/set: "),
+    ],
+)
+def test_sources_of_images_that_are_none(source: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        make_image_shards(source, "train", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_writes_nothing(class_folders: Path, tmp_path: Path) -> None:
+    said = describe_images(f"folder:{class_folders}", "train", shard_size=16, classes=None, streaming=False)
+    assert "40 images" in said
+    assert "3 classes: ant, bee, cat" in said
+    assert "3 shards" in said
+    assert "71 train, 7 eval" in describe_text(TextSources(["pydoc"]), 0.1)
+
+
+DOCUMENTS = ["One line.\nAnother line.", "Once more; with a tab\there.", "Ünïcödé — and \u4e2d\u6587.", "The last."]
+
+
+@pytest.mark.parametrize("kind", ["text", "text.gz", "wikiextractor", "jsonl", "parquet", "hf", "hf streaming"])
+def test_sources_of_text(kind: str, tmp_path: Path) -> None:
+    plain = "\n\n\n".join(DOCUMENTS) + "\n"
+    wiki = "".join(f'<doc id="1" url="u" title="t">\n{document}\n</doc>\n' for document in DOCUMENTS)
+    rows = [{"id": 1, "text": document} for document in DOCUMENTS]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    name, content = {
+        "text": ("a.txt", plain.encode()),
+        "text.gz": ("a.txt.gz", gzip.compress(plain.encode())),
+        "wikiextractor": ("wiki_00", wiki.encode()),
+        "jsonl": ("a.jsonl", lines.encode()),
+    }.get(kind, ("a.jsonl", lines.encode()))
+    (tmp_path / name).write_bytes(content)
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    opener = {"wikiextractor": "text", "text.gz": "text"}.get(kind, kind.split()[0])
+    place = {"hf": tmp_path, "parquet": tmp_path / "*.parquet"}.get(opener, tmp_path / name)
+    sources = TextSources([f"{opener}:{place}"], streaming="streaming" in kind)
+    assert [document.rstrip("\n") for _, document in sources.documents()] == DOCUMENTS
+
+
+def test_wikiextractor_documents_keep_their_blank_lines(tmp_path: Path) -> None:
+    (tmp_path / "wiki").write_text('<doc id="1">\nTitle\n\nText.\n</doc>\n\n<doc id="2">\nOther\n\n</doc>\n')
+    documents = [document for _, document in TextSources([f"text:{tmp_path}/wiki"]).documents()]
+    assert documents == ["Title\n\nText.\n", "Other\n\n"]
+
+
+@pytest.mark.parametrize(
+    ("content", "source", "message"),
+    [
+        (b"ok\n\n\xff\xfe", "text", "line 3: not UTF-8"),
+        (b'{"text": "a"}\n{"text": ', "jsonl", "line 2: not JSON"),
+        (b'{"body": "a"}', "jsonl", "line 1: no text in 'text'; --column must name one of body"),
+        (b"PAR1 nonsense", "parquet", "Parquet"),
+    ],
+)
+def test_text_that_cannot_be_read(content: bytes, source: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(TextSources([f"{source}:{tmp_path}/file"]).documents())
+
+
+def test_weights_are_shares_of_the_characters(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("\n\n".join(f"{number:04d}{'a' * 6}" for number in range(1000)))
+    (tmp_path / "b").write_text("\n\n".join(f"{number:04d}{'b' * 36}" for number in range(1000)))
+    names = [f"text:{tmp_path}/a", f"text:{tmp_path}/b"]
+    sizes = [0, 0]
+    for number, document in TextSources(names, weights=[1, 3]).documents():
+        sizes[number] += len(document)
+    assert sizes[1] / sizes[0] == pytest.approx(3, rel=0.01)
+    assert sizes[0] == 10_999, "until the smaller one has no more"
+    assert sum(1 for _ in TextSources(names).documents()) == 2000
+
+
+def test_duplicates_go_and_sides_are_kept() -> None:
+    """A document's side depends on nothing but itself."""
+
+    class Repeated(TextSources):
+        def documents(self) -> Iterator[tuple[int, str]]:
+            yield from ((0, f"document {number % 300}") for number in range(900))
+
+    counts = Counts()
+    sides = list(split_documents(Repeated(["pydoc"]), 0.2, counts))
+    assert (counts.read, counts.duplicates) == (900, 600)
+    assert len({document for _, document in sides}) == 300
+    assert counts.eval == sum(held_out for held_out, _ in sides)
+    assert 30 < counts.eval < 90
+    wider = dict((document, held_out) for held_out, document in split_documents(Repeated(["pydoc"]), 0.5, Counts()))
+    assert all(wider[document] for held_out, document in sides if held_out)
+
+
+def test_a_sample_is_bounded_and_the_same_in_any_order() -> None:
+    documents = [f"{number:05d}" * 4 for number in range(1000)]
+    sample = sample_documents(documents, 2000, hash)
+    assert sum(map(len, sample)) == 2000
+    assert set(sample) == set(sample_documents(documents[::-1], 2000, hash))
+    assert sample_documents(documents, 10**9, hash) == documents
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of many documents with its tokenizer."""
+    folder = tmp_path_factory.mktemp("prose")
+    words = sorted({word for topic in topics.values() for word in topic.split()})[::5]
+    random = np.random.default_rng(0)
+    documents = [" ".join(random.choice(words, random.integers(3, 400))) for _ in range(3000)]
+    (folder / "prose.txt").write_text("\n\n".join(documents))
+    train_source_tokenizer(TextSources([f"text:{folder}/prose.txt"]), 300, folder / "tokenizer", eval_share=0.1)
+    return folder
+
+
+def test_packed_shards_are_the_tokenized_documents(prose: Path, tmp_path: Path) -> None:
+    """In their order, every token of a part but the last few; the same for any number of workers."""
+    sources = TextSources([f"text:{prose}/prose.txt"])
+    for workers in (1, 3):
+        make_text_shards(
+            sources, prose / "tokenizer", tmp_path / str(workers), tokens=32, shard_size=512, workers=workers
+        )
+    tokenizer = load_tokenizer(prose / "tokenizer")
+    for split in ("train", "eval"):
+        assert hashes(tmp_path / "1" / split) == hashes(tmp_path / "3" / split)
+        names = sorted(str(path) for path in (tmp_path / "1" / split).glob("*.tar"))
+        records = [sample["npy"] for sample in wds.WebDataset(names, shardshuffle=False).decode()]
+        body = np.concatenate(records)[:, 1:-1].reshape(-1)
+        texts = [text for held_out, text in split_documents(sources, 0.1, Counts()) if held_out == (split == "eval")]
+        stream = [piece for text in texts for piece in (*tokenizer.EncodeAsIds(text), SEP)]
+        assert body.tolist() == stream[: len(body)]
+        assert len(stream) - len(body) < 30
+        assert body.dtype == np.uint16
+        info = ShardIndex.load(tmp_path / "1" / split).info
+        counts = np.bincount(body, minlength=300)[MASK + 1 :]
+        if split == "train":
+            shares = (counts + 1) / (counts.sum() + 300)
+            assert info["unigram_loss"] == pytest.approx(-(counts * np.log(shares)).sum() / counts.sum(), rel=1e-3)
+
+
+def test_killed_text_makers_go_on_where_they_stopped(prose: Path, tmp_path: Path) -> None:
+    out, source = tmp_path / "out", f"text:{prose}/prose.txt"
+    arguments = ["tools/make_text_shards.py", "--source", source, "--tokenizer", str(prose / "tokenizer")]
+    run_killed([*arguments, "--tokens", "32", "--shard-size", "64", "--out", str(out)], out / "train", seen=40)
+    finished = {
+        path: path.stat().st_mtime_ns for path in (out / "train").glob("*.tar") if _record(path.parent, path).exists()
+    }
+    sources = TextSources([source])
+    for folder in (out, tmp_path / "whole"):
+        make_text_shards(sources, prose / "tokenizer", folder, tokens=32, shard_size=64, workers=2)
+    for split in ("train", "eval"):
+        assert hashes(out / split) == hashes(tmp_path / "whole" / split)
+        assert ShardIndex.load(out / split).info == ShardIndex.load(tmp_path / "whole" / split).info
+    assert finished
+    assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
+
+
+def test_parts_that_would_be_empty(prose: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("the first blocks")
+    with pytest.raises(UserError, match=r"--eval-share 0.5: leaves less than 128 tokens"):
+        make_text_shards(
+            TextSources([f"text:{tmp_path}/short.txt"]), prose / "tokenizer", tmp_path / "o", eval_share=0.5
+        )
+    with pytest.raises(UserError, match=r"--weights: 1 of them for 2 sources"):
+        TextSources(["pydoc", "pydoc"], weights=[1.0])
