@@ -9,9 +9,9 @@ import sentencepiece
 from matplotlib.figure import Figure
 
 from acn_scale.cli import load_config
-from acn_scale.config import Config, TextDataConfig
+from acn_scale.config import TextDataConfig
 from acn_scale.data import build_stream
-from acn_scale.data.stream import Batch, Samples
+from acn_scale.data.samples import Batch, Samples
 from acn_scale.data.text import shards_tokenizer
 from acn_scale.errors import UserError
 from acn_scale.runs import read_config
@@ -37,13 +37,18 @@ def inspect_batch(
     text = isinstance(cfg.data, TextDataConfig)
     folder = source / "report" if source.is_dir() else Path()
     out = out or folder / f"batch_{step:08d}.{'txt' if text else 'png'}"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if text:
-        tokenizer = shards_tokenizer(samples.index, cfg.data)
-        lines = [f"sample {key.sample}: {line}" for key, line in zip(keys, marked(batch, tokenizer), strict=True)]
-        out.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
-    else:
-        contact_sheet(batch, [key.sample for key in keys], samples, cfg).savefig(out, dpi=100)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if text:
+            tokenizer = shards_tokenizer(samples.index, cfg.data)
+            lines = [f"sample {key.sample}: {line}" for key, line in zip(keys, marked(batch, tokenizer), strict=True)]
+            out.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+        else:
+            contact_sheet(batch, [key.sample for key in keys], samples).savefig(out, dpi=100)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # a folder that is closed, a kind of picture that is not known
+        raise UserError(f"--out {out}: {error}") from None
     return f"{_table(samples, loaded, batch)}\n\nstep {step}, {most} of {cfg.train.global_batch_size} samples: {out}"
 
 
@@ -71,7 +76,7 @@ def _table(samples: Samples, loaded: list[tuple[Any, Any, list[Any]]], batch: Ba
     )
 
 
-def contact_sheet(batch: Batch, ids: list[int], samples: Samples, cfg: Config) -> Figure:
+def contact_sheet(batch: Batch, ids: list[int], samples: Samples) -> Figure:
     """The images with their sample ids and classes; of mixed ones the two classes and their shares."""
     names = samples.index.info["classes"]
     rows = -(-len(ids) // COLUMNS)

@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from acn_scale import distributed
+from acn_scale.files import write_file
 
 
 class ConsoleHandler(logging.Handler):
@@ -48,9 +49,7 @@ class Metrics:
         if rank == 0:
             path = folder / "metrics.jsonl"
             kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            temporary.replace(path)
+            write_file(path, "".join(kept).encode())
             self._file = path.open("a")
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 

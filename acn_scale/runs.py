@@ -14,6 +14,7 @@ from typing import Any
 from acn_scale import distributed
 from acn_scale.config import Config
 from acn_scale.errors import UserError
+from acn_scale.files import write_file
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "sentencepiece", "numpy", "pydantic")
 
@@ -103,10 +104,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a whole file or none."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
-    temporary.replace(path)
+    write_file(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

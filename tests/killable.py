@@ -68,7 +68,8 @@ def said(record: Path, rank: int = 0) -> str:
 def _pretrain(arguments: Sequence[str], record: Path, rank: int, ranks: int, port: int) -> None:
     from acn_scale import pretrain
     from acn_scale.cli import exit_on_user_error
-    from acn_scale.data.stream import Batch, Stream
+    from acn_scale.data.samples import Batch
+    from acn_scale.data.stream import Stream
 
     take = Stream.__next__
     file = record.with_suffix(f".{rank}").open("ab", buffering=0)

@@ -2,6 +2,10 @@
 
 import hashlib
 import io
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,3 +73,22 @@ def reseal(folder: Path) -> None:
     index = ShardIndex.load(folder)
     shards = [shard_of(folder / shard.name, shard.samples) for shard in index.shards]
     ShardIndex(folder, shards, index.info).save()
+
+
+def hashes(folder: Path) -> list[str]:
+    return [shard.sha256 for shard in ShardIndex.load(folder).shards]
+
+
+def run_killed(arguments: list[str], shards: Path, seen: int) -> None:
+    """Run a tool and kill it as soon as it has written so many shards."""
+    process = subprocess.Popen([sys.executable, *arguments], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    while len(list(shards.glob("*.tar"))) < seen:
+        assert process.poll() is None, "it was done before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def record_of(out: Path, shard: Path) -> Path:
+    """What a maker notes of a shard that is done."""
+    return out / ".making" / f"{shard.stem.removeprefix('shard-')}.json"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from made import numbered_images
 from PIL import Image
 
 from acn_scale.batches import inspect_batch
@@ -13,7 +14,6 @@ from acn_scale.data.make_text import make_text_shards, train_source_tokenizer
 from acn_scale.data.text_sources import TextSources
 from acn_scale.errors import UserError
 from acn_scale.runs import run_folder, write_json
-from tests.made import numbered_images
 
 
 def run_of(cfg: Config) -> Path:

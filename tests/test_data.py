@@ -13,9 +13,9 @@ from sklearn.datasets import load_digits
 from acn_scale.config import BertConfig, Config, RemoteConfig, TextDataConfig
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.make_text import make_text_shards, train_source_tokenizer
+from acn_scale.data.samples import Key
 from acn_scale.data.shards import ShardIndex, ShardReader
 from acn_scale.data.storage import open_folder
-from acn_scale.data.stream import Key
 from acn_scale.data.text import TextDecoder
 from acn_scale.data.text_sources import TextSources
 from acn_scale.data.tokenizer import MASK, load_tokenizer

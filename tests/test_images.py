@@ -1,6 +1,7 @@
 """Image files -> batches: what is decoded is what Pillow decodes, what is drawn is drawn from the sample's key."""
 
 import io
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,16 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import image_folder
 from PIL import Image
 from timm.data import create_transform
+from torchvision.transforms import v2
 
 from acn_scale.config import Config
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.decode import Box, Picture
-from acn_scale.data.images import _drawn_from
-from acn_scale.data.stream import Batch, BatchPlan, Stream
+from acn_scale.data.images import CROPPING, random_box
+from acn_scale.data.samples import Batch
+from acn_scale.data.stream import BatchPlan, Stream
 from acn_scale.errors import BadData
-from tests.made import image_folder
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -131,8 +134,7 @@ def test_a_crop_is_a_part_of_the_photo_scaled(photo_run: Callable[..., Config]) 
         key, shard, number = samples.key(position)
         files = samples.reader.read(shard, number)
         image, _ = samples.decoder.decode(files, 0, key)
-        with _drawn_from(key):
-            box = samples.decoder._random_box(*Picture(files["png"], "RGB").size)
+        box = random_box(*Picture(files["png"], "RGB").size, random.Random(key.number(CROPPING)))
         whole = Image.open(io.BytesIO(files["png"])).convert("RGB")
         part = whole.crop((box.left, box.top, box.left + box.width, box.top + box.height))
         expected = np.asarray(part.resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1).astype(int)
@@ -140,6 +142,23 @@ def test_a_crop_is_a_part_of_the_photo_scaled(photo_run: Callable[..., Config]) 
         assert min(off) <= 1
         flips += off[1] < off[0]
     assert 0 < flips < 8
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (40, 1000), (1000, 40), (1, 1), (2, 3)])
+def test_boxes_are_drawn_as_torchvision_draws_them(height: int, width: int) -> None:
+    """The same distribution of areas, shapes and places."""
+    draw = random.Random(0)
+    ours = np.array([random_box(height, width, draw) for _ in range(4000)])
+    image = torch.empty(1, height, width, device="meta")
+    crop = v2.RandomResizedCrop(1)
+    names = ("top", "left", "height", "width")
+    theirs = np.array([[crop.make_params([image])[name] for name in names] for _ in range(4000)])
+    assert (ours >= [0, 0, 1, 1]).all()
+    assert (ours[:, :2] + ours[:, 2:] <= [height, width]).all()
+    for a, b in zip(ours.T, theirs.T, strict=True):
+        error = np.hypot(a.std(), b.std()) / 4000**0.5
+        assert abs(a.mean() - b.mean()) <= 5 * error
+        assert abs(a.std() - b.std()) <= 5 * error
 
 
 def test_erasing_is_drawn_from_the_sample_alone(photo_run: Callable[..., Config]) -> None:

@@ -10,14 +10,15 @@ PACKAGE = ROOT / "acn_scale"
 # A module may import from rows above its own, and from its own row within one package.
 ROWS = [
     {"errors"},
-    {"durations"},
+    {"durations", "files"},
     {"config"},
     {"cli", "distributed"},
     {"log", "runs", "models", "data", "optim"},
     {"engine", "checkpoint", "depth"},
     {"pretrain", "report", "batches", "benchmark"},
+    {"benchmark_data"},
 ]
-ONLY_IN = {"deepspeed": {"engine", "checkpoint"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
+ONLY_IN = {"deepspeed": {"engine", "checkpoint"}, "webdataset": {"data", "benchmark_data"}, "submitit": set()}
 
 
 def imports(path: Path) -> set[str]:

@@ -18,8 +18,9 @@ from made import numbered_texts
 from acn_scale.config import Config, ImageDataConfig
 from acn_scale.data import build_stream
 from acn_scale.data.order import DiskOrder, Order
+from acn_scale.data.samples import Batch, Key, Samples
 from acn_scale.data.shards import ShardIndex
-from acn_scale.data.stream import Batch, BatchPlan, Evaluation, Key, Samples, Stream
+from acn_scale.data.stream import BatchPlan, Evaluation, Stream
 from acn_scale.errors import BadData, UserError
 
 Folders = Callable[[tuple[int, ...]], Path]

@@ -16,7 +16,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the rows to, an object a line")
     args = parser.parse_args()
 
-    from acn_scale.benchmark import data_rows, save, table
+    from acn_scale.benchmark import save, table
+    from acn_scale.benchmark_data import data_rows
 
     rows = data_rows(args.images, args.rounds)
     if args.json:

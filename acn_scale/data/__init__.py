@@ -5,8 +5,9 @@ import torch
 from acn_scale.config import Config, ImageDataConfig
 from acn_scale.data.images import ImageDecoder
 from acn_scale.data.order import DiskOrder, Order
+from acn_scale.data.samples import Decoder, Samples
 from acn_scale.data.shards import ShardIndex
-from acn_scale.data.stream import BatchPlan, Decoder, DeviceCopies, Evaluation, Samples, Share, Stream, alone
+from acn_scale.data.stream import BatchPlan, DeviceCopies, Evaluation, Share, Stream, alone
 from acn_scale.data.text import TextDecoder
 from acn_scale.errors import UserError
 

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from acn_scale.data.shards import INDEX_NAME, Table
+from acn_scale.data.cifar import read_cifar
+from acn_scale.data.shards import Table
 from acn_scale.data.sources import EVAL_NAMES, find_files, find_source, load_hugging_face, split_name
 from acn_scale.errors import BadData, UserError
 
@@ -115,63 +115,8 @@ def digits(rest: str, split: str, classes: Sequence[str] | None, streaming: bool
 
 
 def cifar(rest: str, split: str, classes: Sequence[str] | None, streaming: bool) -> Arrays:
-    """CIFAR-10 or CIFAR-100 (fine labels) from the python version's files (Krizhevsky 2009)."""
-    folder = next(
-        (path for path in (Path(rest), *sorted(Path(rest).glob("cifar-*-*"))) if _cifar_files(path, "train")), None
-    )
-    if folder is None:
-        raise UserError(f"cifar:{rest}: holds neither data_batch_1 ... 5 (CIFAR-10) nor train and test (CIFAR-100)")
-    batches = [_unpickle(path) for path in _cifar_files(folder, split_name(split, ("train", "test")))]
-    key, names = (b"fine_labels", b"fine_label_names") if (folder / "meta").exists() else (b"labels", b"label_names")
-    try:
-        meta = _unpickle(folder / ("meta" if key == b"fine_labels" else "batches.meta"))
-        pixels = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels = [int(label) for batch in batches for label in batch[key]]
-        found = [name.decode() for name in meta[names]]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: not the python version of CIFAR: {error!r}") from None
-    if pixels.dtype != np.uint8 or len(labels) != len(pixels) or not set(labels) <= set(range(len(found))):
-        raise UserError(f"{folder}: not the python version of CIFAR: {len(pixels)} images, {len(labels)} labels")
-    return Arrays(np.ascontiguousarray(pixels), labels, found)
-
-
-def _cifar_files(folder: Path, split: str) -> list[Path]:
-    if (folder / "data_batch_1").is_file():
-        return sorted(folder.glob("data_batch_[0-9]")) if split == "train" else [folder / "test_batch"]
-    return [folder / split] if (folder / split).is_file() and (folder / "meta").is_file() else []
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Makes containers, numbers, text and numpy arrays; whatever else a pickle asks for could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = {
-            "_reconstruct": np._core.multiarray._reconstruct,
-            "ndarray": np.ndarray,
-            "dtype": np.dtype,
-            "encode": _latin1,  # how Python 3 writes bytes for Python 2
-        }
-        modules = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "_codecs")
-        if module in modules and name in allowed:
-            return allowed[name]
-        raise pickle.UnpicklingError(f"asks for {module}.{name}")
-
-
-def _latin1(text: str, codec: str) -> bytes:
-    return text.encode("latin1")
-
-
-def _unpickle(path: Path) -> dict[bytes, Any]:
-    try:
-        with path.open("rb") as file:
-            values = _ArraysOnly(file, encoding="bytes").load()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except Exception as error:  # damaged pickles fail in every way
-        raise UserError(f"{path}: not a file of CIFAR's python version: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a file of CIFAR's python version")
-    return values
+    """CIFAR-10 or CIFAR-100, its fine labels."""
+    return Arrays(*read_cifar(Path(rest), split))
 
 
 class Folder:
@@ -329,7 +274,7 @@ def _identity(values: Sequence[Any]) -> str:
 
 def webdataset(rest: str, split: str, classes: Sequence[str] | None, streaming: bool) -> Parts:
     """Webdataset tars with an image and a .cls (a class's number, or its name where `classes` are given)."""
-    paths = [path for path in find_files(rest) if path.name != INDEX_NAME]
+    paths = find_files(rest)
     sizes, labels = [], set()
     for path in paths:
         try:

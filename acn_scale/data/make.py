@@ -20,8 +20,8 @@ import filelock
 import webdataset as wds
 
 from acn_scale.data.shards import INDEX_NAME, Shard, ShardIndex
-from acn_scale.data.tokenizer import write_file
 from acn_scale.errors import UserError
+from acn_scale.files import write_file
 
 _function: Callable[[Any], Any]  # of a worker process
 WORK = ".making"  # folder for what is not finished yet; it goes when the index comes
@@ -43,6 +43,7 @@ class Making:
         if (self.folder / INDEX_NAME).exists():
             self.index = ShardIndex.load(self.folder)
             self._check(self.index.info.get("plan"))
+            shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed just before its end
             return self
         try:
             self.work.mkdir(parents=True, exist_ok=True)
@@ -97,6 +98,12 @@ class Making:
         except (OSError, ValueError):
             return None
         return (shard, values["notes"]) if whole else None
+
+    def discard(self) -> None:
+        """Remove all that was made: a mistake showed that only the whole could show."""
+        for path in self.folder.glob("shard-*.tar"):
+            path.unlink()
+        shutil.rmtree(self.work)
 
     def finish(self, shards: list[Shard], info: dict[str, Any]) -> ShardIndex:
         """Write the index, without which the folder counts as unfinished."""

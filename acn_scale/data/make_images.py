@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from acn_scale.data.image_sources import ImageSource, RawImage, encode_png, open_images
 from acn_scale.data.make import Making, describe, in_order
-from acn_scale.data.shards import Shard, ShardIndex
+from acn_scale.data.shards import INDEX_NAME, Shard, ShardIndex
 from acn_scale.errors import BadData, UserError
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def make_image_shards(
         for line in left_out[:10]:
             log.warning("left out: %s", line)
         if not any(shard.samples for shard in shards):
+            making.discard()
             raise UserError(f"--source {source}: none of its {len(left_out)} images can be read: {left_out[:1]}")
         info = {"kind": "images", "source": source, "split": split, "classes": list(images.classes), **pixels.info()}
         return making.finish(shards, info | {"rows_per_record": 1, "resize": resize, "left_out": left_out})
@@ -173,6 +174,8 @@ def index_shards(folder: Path, *, classes: Sequence[str] | None = None, workers:
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise UserError(f"{folder}: holds no .tar files")
+    if (folder / INDEX_NAME).exists():
+        raise UserError(f"{folder / INDEX_NAME}: is there already; remove it to have it written again")
     images = open_images(f"wds:{folder}/*.tar", "", classes=classes)
     every = max(1, images.size // MEASURED)
 

@@ -93,10 +93,13 @@ def make_text_shards(
 
     The same shards come whatever `workers` is. Raises UserError.
     """
+    if tokens < 3:
+        raise UserError(f"--tokens {tokens}: must be 3 or more, for [CLS], [SEP] and what is between them")
     tokenizer = load_tokenizer(tokenizer_folder)
     eval_share = _eval_share(eval_share, tokenizer_folder)
     model = (Path(tokenizer_folder) / TOKENIZER_NAME).read_bytes()
     plan = {"source": list(sources.names), "weights": sources.weights, "column": sources.column, "tokens": tokens}
+    plan |= {"files": sources.identity()}  # shards of an earlier run are of no use where the text is another
     plan |= {"shard_size": shard_size, "eval_share": eval_share, "tokenizer": hashlib.sha256(model).hexdigest()}
     names = ("train", "eval") if eval_share > 0 else ("train",)
 
@@ -116,6 +119,8 @@ def make_text_shards(
             shards = [packing.close() for packing in packings]
             for name, made in zip(names, shards, strict=True):
                 if not made:
+                    for making in makings:
+                        making.discard()
                     raise UserError(f"--eval-share {eval_share}: leaves less than {tokens} tokens for {name}")
             occurring = [piece_counts(folder / name, made, tokenizer) for name, made in zip(names, shards, strict=True)]
             for making, made, pieces in zip(makings, shards, occurring, strict=True):

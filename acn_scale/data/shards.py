@@ -20,6 +20,7 @@ from webdataset.tariterators import base_plus_ext
 from acn_scale.config import RemoteConfig
 from acn_scale.data.storage import Folder, Shard, read_file
 from acn_scale.errors import BadData, UserError
+from acn_scale.files import write_file
 
 INDEX_NAME = "index.json"
 
@@ -55,10 +56,7 @@ class ShardIndex:
 
     def save(self) -> None:
         text = json.dumps({"info": self.info, "shards": [asdict(shard) for shard in self.shards]}, indent=1)
-        path = Path(self.folder) / INDEX_NAME
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.rename(path)
+        write_file(Path(self.folder) / INDEX_NAME, text.encode())
 
     @property
     def samples_per_shard(self) -> np.ndarray:

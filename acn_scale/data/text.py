@@ -7,9 +7,9 @@ import sentencepiece
 import torch
 
 from acn_scale.config import BertConfig, TextDataConfig
+from acn_scale.data.samples import Batch, Key
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.storage import read_file
-from acn_scale.data.stream import Batch, Key
 from acn_scale.data.tokenizer import MASK, TOKENIZER_NAME
 from acn_scale.errors import BadData, UserError
 

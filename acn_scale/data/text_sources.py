@@ -27,8 +27,8 @@ class TextSources:
     def __post_init__(self) -> None:
         if self.weights is not None and len(self.weights) != len(self.names):
             raise UserError(f"--weights: {len(self.weights)} of them for {len(self.names)} sources")
-        if self.weights is not None and min(self.weights) <= 0:
-            raise UserError("--weights: must be above 0")
+        if self.weights is not None and not all(0 < weight < float("inf") for weight in self.weights):
+            raise UserError(f"--weights {' '.join(map(str, self.weights))}: must be above 0")
         for name in self.names:
             find_source(name, TEXT_SOURCES)
 
@@ -47,6 +47,12 @@ class TextSources:
                 return
             taken[number] += len(document)
             yield number, document
+
+    def identity(self) -> list[list[Any]]:
+        """Names and sizes of the files that are read. (Data sets of the hub have versions of their own.)"""
+        kinds = [name.partition(":") for name in self.names]
+        files = [path for kind, _, rest in kinds if kind in FILES for path in find_files(rest)]
+        return [[path.name, path.stat().st_size] for path in files]
 
     def _read(self, name: str) -> Iterator[str]:
         opener, rest = find_source(name, TEXT_SOURCES)
@@ -193,3 +199,4 @@ TEXT_SOURCES: dict[str, Callable[[str, TextSources], Iterator[str]]] = {
     "hf": hugging_face,
     "pydoc": pydoc,
 }
+FILES = ("text", "jsonl", "parquet")  # the sources that are patterns of files

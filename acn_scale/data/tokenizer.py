@@ -10,6 +10,7 @@ from typing import Any, Literal
 import sentencepiece
 
 from acn_scale.errors import UserError
+from acn_scale.files import write_file
 
 PAD, UNK, CLS, SEP, MASK = range(5)  # ids of the special pieces in every tokenizer
 TOKENIZER_NAME = "tokenizer.model"
@@ -51,16 +52,12 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise UserError(f"--vocab-size {vocab_size}: {str(error).splitlines()[-1]}") from None
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror}") from None
     write_file(folder / RECORD_NAME, json.dumps(record or {}, indent=1).encode())
     return write_file(folder / TOKENIZER_NAME, buffer.getvalue())
-
-
-def write_file(path: Path, content: bytes) -> Path:
-    """Whole, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    return temporary.rename(path)
 
 
 def _lines(documents: Iterable[str]) -> Iterator[str]:

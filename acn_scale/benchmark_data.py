@@ -1,0 +1,313 @@
+"""The data path beside timm, torchvision and webdataset: decoding, reading, resuming, shuffling, the index."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from acn_scale.benchmark import Row, in_turns, row
+from acn_scale.config import ImageDataConfig, StreamConfig, ViTConfig
+from acn_scale.data.images import ImageDecoder
+from acn_scale.data.make import describe
+from acn_scale.data.make_images import index_shards
+from acn_scale.data.order import Order
+from acn_scale.data.samples import Key, Samples
+from acn_scale.data.shards import ShardIndex
+from acn_scale.data.stream import BatchPlan, Stream
+from acn_scale.errors import UserError
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+RAW_RECORDS, RAW_BYTES = 2000, 20_000  # in each of the shards that are only read
+
+
+def data_rows(images: Path | None, rounds: int) -> list[Row]:
+    """All of them. `images` is a folder of class folders of JPEGs; without it some are made. Raises UserError where the
+    peers are not installed."""
+    if importlib.util.find_spec("timm") is None:
+        raise UserError("timm: is not installed; requirements-test.txt has the peers")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = decoding(images or photos(Path(folder) / "photos"), Path(folder) / "decoding", rounds)
+        rows += raw_reading(Path(folder) / "raw", rounds)
+        rows += resuming(Path(folder) / "resume", rounds)
+        return [*rows, *shuffling(), *index_at_scale()]
+
+
+def photos(folder: Path, number: int = 100) -> Path:
+    """JPEGs of ImageNet's usual size, 500 x 375, with detail at all scales as photographs have; 60 kB or so each."""
+    random = np.random.default_rng(0)
+    (folder / "a").mkdir(parents=True)
+    for index in range(number):
+        pixels = np.zeros((375, 500, 3))
+        for scale in (2, 4, 8, 16, 32, 64):
+            noise = random.normal(0, 6 * scale**0.4, (375 // scale + 2, 500 // scale + 2, 3)).clip(-128, 127)
+            layer = Image.fromarray((noise + 128).astype(np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+            pixels += np.asarray(layer).astype(float) - 128
+        Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8)).save(folder / "a" / f"{index}.jpg", quality=90)
+    return folder
+
+
+def decoding(images: Path, folder: Path, rounds: int) -> list[Row]:
+    """JPEG files -> batches of normalised 224 px crops, flipped or not, in one process: images a second."""
+    from timm.data import create_dataset, create_loader
+    from torchvision.datasets import ImageFolder
+    from webdataset import ShardWriter
+
+    files = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    folder.mkdir(parents=True)
+    with ShardWriter(f"{folder}/%06d.tar", maxcount=100, verbose=0) as writer:
+        for number, path in enumerate(files):
+            writer.write({"__key__": f"{number:06d}", "jpg": path.read_bytes(), "cls": "0"})
+    index = index_shards(folder)
+    data = ImageDataConfig(
+        kind="images", train=str(folder), eval=str(folder), augment="crop_flip", mean=MEAN, std=STD, streams=1
+    )
+    model = ViTConfig(name="vit", connectivity="acn", size="Ti", image_size=224, patch_size=16, num_classes=1000)
+    decoder = ImageDecoder(data, model, index, {}, training=True)
+    order = Order(index.samples_per_shard, seed=0, streams=1, window=1024)
+    samples = Samples(index, decoder, data, seed=0, order=order)
+    epochs = iter(range(10**9))
+    batch = 50
+
+    def ours() -> Iterator[int]:
+        first = next(epochs) * len(files)
+        for start in range(0, len(files), batch):
+            positions = [first + position for position in range(start, min(start + batch, len(files)))]
+            yield len(samples.__getitems__(positions).batch["images"])
+
+    transforms = [
+        v2.RandomResizedCrop(224, antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(MEAN, STD),
+    ]
+    dataset = ImageFolder(str(images), v2.Compose(transforms))
+    torchvision = torch.utils.data.DataLoader(dataset, batch_size=batch, shuffle=True)
+    timm = create_loader(
+        create_dataset("", root=str(images), split="train", is_training=True),
+        input_size=(3, 224, 224),
+        batch_size=batch,
+        is_training=True,
+        hflip=0.5,
+        color_jitter=0,
+        interpolation="bilinear",
+        use_prefetcher=False,
+        num_workers=0,
+        mean=MEAN,
+        std=STD,
+    )
+
+    def peer(loader: Any) -> Callable[[], Iterator[int]]:
+        return lambda: (len(labels) for _, labels in loader)
+
+    contenders = {"acn_scale": ours, "timm": peer(timm), "torchvision": peer(torchvision)}
+    figures = in_turns({name: _speed(run) for name, run in contenders.items()}, rounds)
+    return [
+        row(f"JPEG to {what}", name, "images/s", figures["acn_scale"], figures[name], more_is_better=True)
+        for name, what in (("timm", "224 px, one core"), ("torchvision", "224 px, one core"))
+    ]
+
+
+def _speed(run: Callable[[], Iterator[int]]) -> Callable[[], float]:
+    """Samples a second of a run that yields how many each batch has."""
+
+    def measure() -> float:
+        start = time.perf_counter()
+        samples = sum(run())
+        return samples / (time.perf_counter() - start)
+
+    return measure
+
+
+class _Bytes:
+    """Hands out records as they are."""
+
+    def decode(self, files: dict[str, bytes], row: int, key: Key) -> dict[str, bytes]:
+        return files
+
+    def collate(self, samples: list[dict[str, bytes]], keys: list[Key]) -> dict[str, Any]:
+        return {"samples": samples}
+
+
+def raw_reading(folder: Path, rounds: int) -> list[Row]:
+    """Samples from tars, shuffled and not decoded, from the page cache: samples a second."""
+    import webdataset
+
+    _write_raw(folder, shards=8, records=RAW_RECORDS, size=RAW_BYTES)
+    index = ShardIndex.load(folder)
+    names = [str(folder / shard.name) for shard in index.shards]
+    total, batch = index.num_samples, 100
+    epochs = iter(range(10**9))
+
+    def ours(verify: bool) -> Callable[[], Iterator[int]]:
+        def run() -> Iterator[int]:
+            samples = _raw_samples(folder, index, verify=verify)  # anew: to open and check shards is part of it
+            first = next(epochs) * total
+            for start in range(0, total, batch):
+                positions = list(range(first + start, first + min(start + batch, total)))
+                yield len(samples.__getitems__(positions).batch["samples"])
+
+        return run
+
+    def theirs() -> Iterator[int]:
+        pipeline = webdataset.WebDataset(names, shardshuffle=len(names)).shuffle(4096).batched(batch, collation_fn=None)
+        return (len(group) for group in pipeline)
+
+    contenders = {"acn_scale": ours(True), "acn_scale, unverified": ours(False), "webdataset": theirs}
+    figures = in_turns({name: _speed(run) for name, run in contenders.items()}, rounds)
+    unit = f"samples/s of {RAW_BYTES // 1000} kB"
+    return [
+        row(work, "webdataset", unit, figures[name], figures["webdataset"], more_is_better=True)
+        for work, name in (
+            ("tar to samples, sha256 checked", "acn_scale"),
+            ("tar to samples, unchecked", "acn_scale, unverified"),
+        )
+    ]
+
+
+def _write_raw(folder: Path, *, shards: int, records: int, size: int) -> None:
+    from webdataset import TarWriter
+
+    folder.mkdir(parents=True)
+    content = np.random.default_rng(0).bytes(size)
+    entries = []
+    for number in range(shards):
+        path = folder / f"{number:06d}.tar"
+        with TarWriter(str(path), mtime=0) as tar:
+            for record in range(records):
+                tar.write({"__key__": f"{number:04d}{record:06d}", "bin": content, "cls": b"0"})
+        entries.append(describe(path, records))
+    ShardIndex(folder, entries, {"rows_per_record": 1}).save()
+
+
+def _raw_samples(folder: Path, index: ShardIndex, *, verify: bool, streams: int = 1) -> Samples:
+    cfg = StreamConfig(train=str(folder), eval=str(folder), verify_checksums=verify)
+    order = Order(index.samples_per_shard, seed=0, streams=streams, window=4096)
+    return Samples(index, _Bytes(), cfg, seed=0, order=order)
+
+
+def resuming(folder: Path, rounds: int) -> list[Row]:
+    """Time to the first batch of 200 shards: fresh, at 90 % of the epoch, and by webdataset's skipping."""
+    import webdataset
+
+    _write_raw(folder, shards=200, records=200, size=1000)
+    names = sorted(str(path) for path in folder.glob("*.tar"))
+    batch = 64
+
+    def ours(share: float) -> Callable[[], float]:
+        def measure() -> float:
+            start = time.perf_counter()
+            index = ShardIndex.load(folder)
+            samples = _raw_samples(folder, index, verify=True, streams=8)
+            stream = Stream(samples, StreamConfig(train="-", eval="-"), BatchPlan(batch, batch, 0, 1, 1))
+            if share:
+                state = stream.state_dict()
+                stream.load_state_dict(state | {"samples": int(share * index.num_samples) // batch * batch})
+            next(stream)
+            return time.perf_counter() - start
+
+        return measure
+
+    def theirs() -> float:
+        start = time.perf_counter()
+        pipeline = iter(webdataset.WebDataset(names, shardshuffle=200).shuffle(4096).batched(batch, collation_fn=None))
+        for _ in range(int(0.9 * 40_000) // batch + 1):
+            next(pipeline)
+        return time.perf_counter() - start
+
+    figures = in_turns({"fresh": ours(0.0), "at 90 %": ours(0.9), "webdataset": theirs}, rounds)
+    work = "first batch when resumed at 90 % of 200 shards"
+    return [
+        row(work, "our fresh start", "s", figures["at 90 %"], figures["fresh"], more_is_better=False),
+        row(work, "webdataset, skipping", "s", figures["at 90 %"], figures["webdataset"], more_is_better=False),
+    ]
+
+
+def shuffling(seeds: int = 4) -> list[Row]:
+    """How well 50,000 samples of 50 shards are mixed: rank correlation (Spearman 1904) between the order on disk and
+    the order read, and how far the samples of one shard end up from each other. A webdataset buffer holds samples; a
+    window of ours holds eight bytes for each, so the same memory shuffles thousands of times as many."""
+    from webdataset.filters import shuffle
+
+    shards, size, memory = 50, 1000, 5000
+
+    def ours(window: int) -> list[list[int]]:
+        orders = (Order(np.full(shards, size), seed=seed, streams=1, window=window) for seed in range(seeds))
+        places = [[order.locate(0, place) for place in range(shards * size)] for order in orders]
+        return [[shard * size + number for shard, number in each] for each in places]
+
+    def theirs() -> list[list[int]]:
+        read = []
+        for seed in range(seeds):
+            permuted = np.random.default_rng(seed).permutation(shards)
+            source = ({"number": int(shard) * size + number} for shard in permuted for number in range(size))
+            read.append([sample["number"] for sample in shuffle(memory, initial=memory, seed=seed)(source)])
+        return read
+
+    figures = {"webdataset": theirs(), "same samples": ours(memory), "same memory": ours(shards * size)}
+    spread = {name: [_spread(np.array(each) // size) for each in orders] for name, orders in figures.items()}
+    disk = np.arange(shards * size)
+    correlation = {
+        name: np.mean([abs(np.corrcoef(disk, each)[0, 1]) for each in orders]) for name, orders in figures.items()
+    }
+    return [
+        row(
+            f"shuffle: spread of a shard's samples (rank correlation {correlation[name]:.3f}"
+            f", theirs {correlation['webdataset']:.3f})",
+            f"webdataset, {name}",
+            "samples",
+            spread[name],
+            spread["webdataset"],
+            more_is_better=True,
+        )
+        for name in ("same samples", "same memory")
+    ]
+
+
+def _spread(shards: np.ndarray) -> float:
+    """Deviation of the places at which the samples of one shard are read, a mean over shards."""
+    places = np.arange(len(shards))
+    return float(np.mean([places[shards == shard].std() for shard in np.unique(shards)]))
+
+
+def index_at_scale(shards: int = 100_000, samples: int = 13_000) -> list[Row]:
+    """Index and order of 1.3 billion samples, in a process of its own: seconds and memory until a sample is located."""
+    with tempfile.TemporaryDirectory() as folder:
+        entry = {"samples": samples, "bytes": 1_000_000_000, "sha256": "0" * 64}
+        entries = [{"name": f"shard-{number:06d}.tar", **entry} for number in range(shards)]
+        values = {"info": {"rows_per_record": 1}, "shards": entries}
+        (Path(folder) / "index.json").write_text(json.dumps(values, indent=1))
+        command = [sys.executable, "-c", "from acn_scale.benchmark_data import _load; _load()", folder]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    seconds, mebibytes = map(float, output.split())
+    work = f"index and order of {shards:,} shards, {shards * samples:,} samples"
+    return [
+        Row(work, "limit", seconds, 2.0, "s", 2.0 / seconds, 2.0 / seconds, 2.0 / seconds),
+        Row(work, "limit", mebibytes, 200.0, "MiB", 200 / mebibytes, 200 / mebibytes, 200 / mebibytes),
+    ]
+
+
+def _load() -> None:
+    """Of the process that measures the index; prints seconds and the growth of its peak memory in MiB."""
+    before, start = _peak_memory(), time.perf_counter()
+    index = ShardIndex.load(sys.argv[1])
+    order = Order(index.samples_per_shard, seed=0, streams=64, window=16384)
+    order.locate(1, index.num_samples // 2)
+    print(time.perf_counter() - start, _peak_memory() - before)
+
+
+def _peak_memory() -> float:
+    """Of this process in MiB. (getrusage would tell the peak of the process that it was forked from, if higher.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
