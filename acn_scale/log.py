@@ -51,7 +51,9 @@ class Metrics:
             kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
             write_file(path, "".join(kept).encode())
             self._file = path.open("a")
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+            self._board = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=step + 1
+            )  # 1: all, of a start that saved none
 
     def __enter__(self) -> "Metrics":
         return self

@@ -92,7 +92,8 @@ def test_ranks_do_not_change_the_run(one_rank: Callable, two_ranks: Callable, vi
 
 def test_run_folder(one_rank: Callable, vit: Callable[..., Config]) -> None:
     """Everything a run leaves behind; TensorBoard shows what metrics.jsonl holds, once a step, also after a resume."""
-    cfg = vit(checkpoint={"keep": 1})
+    cfg = vit(checkpoint={"keep": 1}, train={"log_every": "2step"})
+    one_rank(run_until, cfg, 4)  # before its first checkpoint
     one_rank(run_until, cfg, 14)
     one_rank(run, cfg)
     folder = run_folder(cfg)
