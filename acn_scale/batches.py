@@ -37,16 +37,17 @@ def inspect_batch(
     text = isinstance(cfg.data, TextDataConfig)
     folder = source / "report" if source.is_dir() else Path()
     out = out or folder / f"batch_{step:08d}.{'txt' if text else 'png'}"
+    if text:
+        lines = marked(batch, shards_tokenizer(samples.index, cfg.data))
+        picture = "\n\n".join(f"sample {key.sample}: {line}" for key, line in zip(keys, lines, strict=True)) + "\n"
+    else:
+        picture = contact_sheet(batch, [key.sample for key in keys], samples)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if text:
-            tokenizer = shards_tokenizer(samples.index, cfg.data)
-            lines = [f"sample {key.sample}: {line}" for key, line in zip(keys, marked(batch, tokenizer), strict=True)]
-            out.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+        if isinstance(picture, str):
+            out.write_text(picture, encoding="utf-8")
         else:
-            contact_sheet(batch, [key.sample for key in keys], samples).savefig(out, dpi=100)
-    except UserError:
-        raise
+            picture.savefig(out, dpi=100)
     except (OSError, ValueError) as error:  # a folder that is closed, a kind of picture that is not known
         raise UserError(f"--out {out}: {error}") from None
     return f"{_table(samples, loaded, batch)}\n\nstep {step}, {most} of {cfg.train.global_batch_size} samples: {out}"

@@ -51,9 +51,8 @@ class Metrics:
             kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
             write_file(path, "".join(kept).encode())
             self._file = path.open("a")
-            self._board = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=step + 1
-            )  # 1: all, of a start that saved none
+            # At step 0 too: a start that was killed before its first checkpoint has left points.
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def __enter__(self) -> "Metrics":
         return self

@@ -16,9 +16,8 @@ ROWS = [
     {"log", "runs", "models", "data", "optim"},
     {"engine", "checkpoint", "depth"},
     {"pretrain", "report", "batches", "benchmark"},
-    {"benchmark_data"},
 ]
-ONLY_IN = {"deepspeed": {"engine", "checkpoint"}, "webdataset": {"data", "benchmark_data"}, "submitit": set()}
+ONLY_IN = {"deepspeed": {"engine", "checkpoint"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 
 
 def imports(path: Path) -> set[str]:

@@ -17,7 +17,8 @@ from PIL import Image
 
 from acn_scale.config import Config
 from acn_scale.data import build_stream
-from acn_scale.data.image_sources import open_images, read_classes
+from acn_scale.data.classes import read_classes
+from acn_scale.data.image_sources import open_images
 from acn_scale.data.make import Making
 from acn_scale.data.make_images import describe_images, index_shards, make_image_shards
 from acn_scale.errors import UserError

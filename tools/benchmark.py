@@ -16,8 +16,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the rows to, an object a line")
     args = parser.parse_args()
 
-    from acn_scale.benchmark import save, table
-    from acn_scale.benchmark_data import data_rows
+    from acn_scale.benchmark.data import data_rows
+    from acn_scale.benchmark.rows import save, table
 
     rows = data_rows(args.images, args.rounds)
     if args.json:

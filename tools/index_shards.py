@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes (default: one a core)")
     args = parser.parse_args()
 
-    from acn_scale.data.image_sources import read_classes
+    from acn_scale.data.classes import read_classes
     from acn_scale.data.make_images import index_shards
 
     classes = read_classes(args.classes) if args.classes else None

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="look at the source and say what would be written")
     args = parser.parse_args()
 
-    from acn_scale.data.image_sources import read_classes
+    from acn_scale.data.classes import read_classes
     from acn_scale.data.make_images import describe_images, make_image_shards
 
     classes = read_classes(args.classes) if args.classes else None

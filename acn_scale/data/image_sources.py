@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from acn_scale.data.cifar import read_cifar
+from acn_scale.data.classes import class_names, class_number
 from acn_scale.data.shards import Table
-from acn_scale.data.sources import EVAL_NAMES, find_files, find_source, load_hugging_face, split_name
+from acn_scale.data.sources import EVAL_NAMES, files_identity, find_files, find_source, load_hugging_face, split_name
 from acn_scale.errors import BadData, UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
@@ -49,29 +50,6 @@ def open_images(
     """`classes` names the classes in their order, where the source's own are not meant. Raises UserError."""
     opener, rest = find_source(source, IMAGE_SOURCES)
     return opener(rest, split, classes, streaming)
-
-
-def read_classes(path: Path) -> list[str]:
-    """Class names in their order: from an index.json of shards, a JSON list, Keras's imagenet_class_index.json, or
-    the first words of a text file's lines. Raises UserError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".json":
-            names = [line.split()[0] for line in text.splitlines() if line.strip()]
-        else:
-            values = json.loads(text)
-            if isinstance(values, dict) and "info" in values:
-                values = values["info"]["classes"]
-            if isinstance(values, dict):
-                values = [values[str(number)][0] for number in range(len(values))]
-            names = [str(name) for name in values]
-    except OSError as error:
-        raise UserError(f"--classes {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise UserError(f"--classes {path}: no list of classes") from None
-    if len(set(names)) < len(names) or not names:
-        raise UserError(f"--classes {path}: must name each class once")
-    return names
 
 
 @dataclass
@@ -219,9 +197,9 @@ def parquet(rest: str, split: str, classes: Sequence[str] | None, streaming: boo
             content, value = content.as_py(), value.as_py()
             content = content.get("bytes") if isinstance(content, dict) else content
             where = f"{path.name}: row group {group}, row {start + offset}"
-            yield RawImage(content or b"", _number(value, numbers, where), f"{path.stem}-{group}-{start + offset}")
+            yield RawImage(content or b"", class_number(value, numbers, where), f"{path.stem}-{group}-{start + offset}")
 
-    return Parts(classes, _identity([(path, path.stat().st_size) for path in paths]), sizes, read)
+    return Parts(classes, files_identity(paths), sizes, read)
 
 
 def _columns(path: Path, schema: Any) -> tuple[str, str, list[str] | None]:
@@ -249,27 +227,7 @@ def _values_of_column(paths: Sequence[Path], label: str) -> list[str]:
     import pyarrow.parquet as pq
 
     values = {value for path in paths for value in pc.unique(pq.read_table(path, columns=[label])[label]).to_pylist()}
-    return _names(values)
-
-
-def _names(values: set[Any]) -> list[str]:
-    """Class names from the labels that occur: numbers count from 0, words are sorted."""
-    if all(isinstance(value, int) for value in values):
-        return [str(number) for number in range(max(values, default=-1) + 1)]
-    return sorted(map(str, values))
-
-
-def _number(value: Any, numbers: dict[str, int], where: str) -> int:
-    """The class number of a label. Raises UserError for one that is not among the classes."""
-    if type(value) is int and 0 <= value < len(numbers):
-        return value
-    if str(value) not in numbers:
-        raise UserError(f"{where}: label {value!r} is not among the {len(numbers)} classes")
-    return numbers[str(value)]
-
-
-def _identity(values: Sequence[Any]) -> str:
-    return hashlib.sha256(repr(values).encode()).hexdigest()
+    return class_names(values)
 
 
 def webdataset(rest: str, split: str, classes: Sequence[str] | None, streaming: bool) -> Parts:
@@ -286,7 +244,7 @@ def webdataset(rest: str, split: str, classes: Sequence[str] | None, streaming: 
             labels |= {_label(table.read(record), f"{path}: {table.key(record)}") for record in range(sizes[-1])}
     if classes is None and (words := [label for label in labels if not isinstance(label, int)]):
         raise UserError(f"wds:{rest}: label {words[0]!r}: --classes must name the classes in their order")
-    numbers = {name: number for number, name in enumerate(classes or _names(labels))}
+    numbers = {name: number for number, name in enumerate(classes or class_names(labels))}
 
     def read(part: int, start: int, stop: int) -> Iterator[RawImage]:
         path = paths[part]
@@ -294,9 +252,9 @@ def webdataset(rest: str, split: str, classes: Sequence[str] | None, streaming: 
         for record in range(start, stop):
             where, files = f"{path}: {table.key(record)}", table.read(record)
             image = next((files[name] for name in files if f".{name}" in EXTENSIONS), b"")
-            yield RawImage(image, _number(_label(files, where), numbers, where), table.key(record))
+            yield RawImage(image, class_number(_label(files, where), numbers, where), table.key(record))
 
-    return Parts(list(numbers), _identity([(path, path.stat().st_size) for path in paths]), sizes, read)
+    return Parts(list(numbers), files_identity(paths), sizes, read)
 
 
 def _label(files: dict[str, bytes], where: str) -> int | str:
@@ -324,11 +282,12 @@ class HuggingFace:
             classes = features[self._label].names
         if classes is None and streaming:
             raise UserError(f"hf:{rest}: has labels without names: --classes must name them")
-        self.classes = classes or _names(set(data.unique(self._label)))
+        self.classes = classes or class_names(set(data.unique(self._label)))
         self._numbers = {name: number for number, name in enumerate(self.classes)}
         self._data = data.cast_column(self._image, datasets.Image(decode=False))  # the original bytes
         self.size = None if streaming else len(data)
-        self.identity = _identity([rest, split, self.size, getattr(data, "_fingerprint", None)])
+        state = [rest, split, self.size, getattr(data, "_fingerprint", None)]
+        self.identity = hashlib.sha256(repr(state).encode()).hexdigest()
 
     def read(self, start: int, stop: int | None) -> Iterator[RawImage]:
         if self.size is None:
@@ -340,7 +299,7 @@ class HuggingFace:
             content = image.get("bytes")
             if content is None and image.get("path"):
                 content = Path(image["path"]).read_bytes()
-            label = _number(row[self._label], self._numbers, f"row {number}")
+            label = class_number(row[self._label], self._numbers, f"row {number}")
             yield RawImage(content or b"", label, Path(image.get("path") or "").name)
 
 

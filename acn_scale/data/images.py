@@ -125,10 +125,8 @@ def random_box(height: int, width: int, draw: random.Random) -> Box:
         across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < across <= width and 0 < down <= height:
             return Box(draw.randint(0, height - down), draw.randint(0, width - across), down, across)
-    down, across = (
-        min(height, round(width * 4 / 3)),
-        min(width, round(height * 4 / 3)),
-    )  # of a very long one, the middle
+    # Of a very long one, the middle.
+    down, across = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
     return Box((height - down) // 2, (width - across) // 2, down, across)
 
 

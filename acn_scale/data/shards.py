@@ -105,9 +105,8 @@ class Table:
         except (tarfile.TarError, OSError, ValueError) as error:
             if not records:
                 raise BadData(f"not a readable tar: {error}") from None
-        self.keys = np.array(
-            [key.encode() for key in records], dtype=bytes
-        )  # fixed width: a tenth of what strings take
+        # Of fixed width: a tenth of what strings take.
+        self.keys = np.array([key.encode() for key in records], dtype=bytes)
         self.extensions = sorted({extension for files in records.values() for extension in files})
         self.places = np.full((len(records), len(self.extensions), 2), -1, dtype=np.int64)
         for row, files in zip(self.places, records.values(), strict=True):

@@ -1,8 +1,9 @@
 """What the sources of images and of text share: their names, files by pattern, Hugging Face data sets."""
 
 import glob
+import hashlib
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ def find_files(pattern: str) -> list[Path]:
     if not files:
         raise UserError(f"{pattern}: no such file")
     return files
+
+
+def files_identity(paths: Iterable[Path]) -> str:
+    """Changes when a file's name or size does."""
+    return hashlib.sha256(repr([(path.name, path.stat().st_size) for path in paths]).encode()).hexdigest()
 
 
 def split_name(split: str, names: Collection[str]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from acn_scale.data.sources import find_files, find_source, load_hugging_face
+from acn_scale.data.sources import files_identity, find_files, find_source, load_hugging_face
 from acn_scale.errors import UserError
 
 # The hub's bookcorpus has a sentence in each row: so many in a row make up a document.
@@ -48,11 +48,10 @@ class TextSources:
             taken[number] += len(document)
             yield number, document
 
-    def identity(self) -> list[list[Any]]:
-        """Names and sizes of the files that are read. (Data sets of the hub have versions of their own.)"""
+    def identity(self) -> str:
+        """Of the files that are read, by their names and sizes. (Data sets of the hub have versions of their own.)"""
         kinds = [name.partition(":") for name in self.names]
-        files = [path for kind, _, rest in kinds if kind in FILES for path in find_files(rest)]
-        return [[path.name, path.stat().st_size] for path in files]
+        return files_identity(path for kind, _, rest in kinds if kind in FILES for path in find_files(rest))
 
     def _read(self, name: str) -> Iterator[str]:
         opener, rest = find_source(name, TEXT_SOURCES)

@@ -1,4 +1,4 @@
-"""Ours beside what people would use instead: in turns in one process, so that a noisy machine is noisy for both."""
+"""Figures of ours and a peer's: measured in turns, so that noise hits both alike; as a table and as JSON."""
 
 import json
 from collections.abc import Callable
