@@ -98,8 +98,10 @@ def test_tokenizer(pydoc: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="not a SentencePiece model"):
         load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="--vocab-size 100000: "):
+    with pytest.raises(UserError, match="--vocab-size 100000: Vocabulary size too high"):
         train_source_tokenizer(PYDOC, 100_000, tmp_path)
+    with pytest.raises(UserError, match="--vocab-size 5: must be more than the 5 special pieces"):
+        train_source_tokenizer(PYDOC, 5, tmp_path)
 
 
 def test_masking(pydoc: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from made import image_folder
 from PIL import Image
 from timm.data import create_transform
+from torch import Tensor
 from torchvision.transforms import v2
 
 from acn_scale.config import Config
@@ -159,6 +160,21 @@ def test_boxes_are_drawn_as_torchvision_draws_them(height: int, width: int) -> N
         error = np.hypot(a.std(), b.std()) / 4000**0.5
         assert abs(a.mean() - b.mean()) <= 5 * error
         assert abs(a.std() - b.std()) <= 5 * error
+
+
+def test_each_epoch_crops_anew_and_leaves_torchs_generator_alone(photo_run: Callable[..., Config]) -> None:
+    """A draw of the model's, such as dropout, must not depend on the images before it."""
+    samples = build_stream(photo_run(augment="randaugment", random_erasing=0.5, cutmix=0.5)).samples
+    before = torch.get_rng_state()
+    epochs: list[dict[int, Tensor]] = []
+    for epoch in range(2):
+        keys = [samples.key(8 * epoch + place) for place in range(8)]
+        decoded = {key.sample: samples.decoder.decode(samples.reader.read(*where), 0, key)[0] for key, *where in keys}
+        epochs.append(decoded)
+        samples.__getitems__(list(range(8 * epoch, 8 * epoch + 8)))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert epochs[0].keys() == epochs[1].keys() == set(range(8))
+    assert not any(torch.equal(epochs[0][sample], epochs[1][sample]) for sample in range(8))
 
 
 def test_erasing_is_drawn_from_the_sample_alone(photo_run: Callable[..., Config]) -> None:

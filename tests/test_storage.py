@@ -228,6 +228,23 @@ def test_shards_are_brought_ahead_of_their_use(server: Server, folder: Callable[
     assert set(server.requests) == {"shard-000001.tar", "shard-000003.tar"}
 
 
+def test_a_stream_brings_the_next_window_while_one_is_read(
+    vit: Callable[..., Config], server: Server, tmp_path: Path
+) -> None:
+    cfg = remote(vit, server, tmp_path, streams=1, shuffle_window=20)
+    stream = build_stream(cfg)
+    next(stream)
+    order = stream.samples.order
+    window = order.window_of(0, 0)
+    shards = {*order.shards_in(*window), *order.shards_in(*order.next_window(*window))}
+    wanted = {f"{stream.samples.index.shards[shard].sha256}.tar" for shard in shards}
+    cache, deadline = Path(tmp_path / "cache"), time.monotonic() + 20
+    while not wanted <= (here := {path.name for path in cache.rglob("*.tar")}) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert wanted == here
+    assert len(wanted) == 2
+
+
 def test_folders_that_cannot_be_a_cache(folder: Callable[..., RemoteFolder], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data.remote.cache_dir = .*file/x: Not a directory"):

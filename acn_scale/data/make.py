@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -104,6 +105,8 @@ class Making:
         for path in self.folder.glob("shard-*.tar"):
             path.unlink()
         shutil.rmtree(self.work)
+        with suppress(OSError):  # something else may lie there
+            self.folder.rmdir()
 
     def finish(self, shards: list[Shard], info: dict[str, Any]) -> ShardIndex:
         """Write the index, without which the folder counts as unfinished."""

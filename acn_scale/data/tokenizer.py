@@ -29,6 +29,8 @@ def train_tokenizer(
 ) -> Path:
     """Train a SentencePiece tokenizer (Kudo 2018, Sennrich et al. 2016) with [PAD] [UNK] [CLS] [SEP] [MASK] and write
     it to `folder`, with `record` beside it. Raises UserError where the text is too small for the vocabulary."""
+    if vocab_size <= MASK + 1:
+        raise UserError(f"--vocab-size {vocab_size}: must be more than the {MASK + 1} special pieces")
     buffer = BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -51,7 +53,8 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(f"--vocab-size {vocab_size}: {str(error).splitlines()[-1]}") from None
+        reason = str(error).splitlines()[-1].rpartition("] ")[2]  # without the place in SentencePiece's source
+        raise UserError(f"--vocab-size {vocab_size}: {reason}") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
