@@ -208,6 +208,7 @@ def test_killed_makers_go_on_where_they_stopped(workers: int, class_folders: Pat
     make_image_shards(source, "train", out, shard_size=1, workers=workers)
     make_image_shards(source, "train", tmp_path / "whole", shard_size=1)
     assert hashes(out) == hashes(tmp_path / "whole")
+    assert damaged.read_bytes() == (tmp_path / "whole" / damaged.name).read_bytes()
     assert len(finished) > 1
     assert all(path.stat().st_mtime_ns == before for path, before in finished.items() if path != damaged)
     (out / ".making").mkdir()  # as a kill just before the end would leave it

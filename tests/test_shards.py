@@ -13,10 +13,10 @@ from ranks import Ranks
 from acn_scale import distributed
 from acn_scale.config import Config, RemoteConfig
 from acn_scale.data import build_evaluation, build_stream
-from acn_scale.data.shards import ShardIndex, ShardReader
+from acn_scale.data.shards import ShardIndex, ShardReader, Table
 from acn_scale.data.storage import open_folder
 from acn_scale.data.stream import Stream
-from acn_scale.errors import UserError
+from acn_scale.errors import BadData, UserError
 
 
 def test_we_read_shards_of_plain_webdataset(tmp_path: Path) -> None:
@@ -247,3 +247,15 @@ def test_what_one_rank_skips_all_count(
     assert first == second
     assert first
     assert set(first) <= set(range(40, 60))
+
+
+def test_a_file_that_is_cut_is_not_handed_out(tmp_path: Path) -> None:
+    """Whatever reads it might take a part for the whole."""
+    path = numbered_images(tmp_path / "data", [2]) / "shard-000000.tar"
+    table = Table(path)
+    start, size = table.places[1][table.extensions.index("png")]
+    path.write_bytes(path.read_bytes()[: start + size - 1])
+    cut = Table(path)
+    assert cut.read(0) == table.read(0)
+    with pytest.raises(BadData, match=rf"the shard is cut: .png has {size - 1} of {size} bytes"):
+        cut.read(1)
