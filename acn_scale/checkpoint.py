@@ -1,11 +1,19 @@
-"""Save, find, load and prune checkpoints. One that is not complete is never chosen."""
+"""Save in the background, find, verify, load and prune checkpoints. One that is not complete is never chosen."""
 
+import contextlib
+import hashlib
+import io
 import logging
+import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
-from acn_scale import distributed
+import torch
+
+from acn_scale import distributed, reshape
 from acn_scale.data.stream import Stream
 from acn_scale.errors import UserError
 from acn_scale.runs import read_json, write_json
@@ -13,54 +21,219 @@ from acn_scale.runs import read_json, write_json
 log = logging.getLogger(__name__)
 
 STATE_NAME = "state.json"  # written last: a folder without it is not a checkpoint
+POLL = 0.05  # seconds between two looks for the other ranks' parts
 
 
-def save(engine: Any, stream: Stream, folder: Path, step: int, *, keep: int) -> Path:
-    """Write runs/<name>/checkpoints/step_<step> under a temporary name, rename it, drop all but the newest `keep`.
+class Checkpoints:
+    """The checkpoints of a run, on every rank. Their methods are collective.
 
-    Call it on every rank, between optimizer steps.
+    A save copies this rank's part to main memory, which is all that training waits for; a thread writes it under a
+    temporary name, with checksums. When the parts of all ranks are there, rank 0 writes state.json, gives the folder
+    its name and drops the checkpoints that are not to be kept. A save that fails is logged, and the run goes on.
     """
-    checkpoints = folder / "checkpoints"
-    path = checkpoints / f"step_{step:08d}"
-    temporary = path.with_name(f".{path.name}.tmp")
-    if distributed.rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-    distributed.barrier()
-    engine.save_checkpoint(str(checkpoints), tag=temporary.name, save_latest=False)
-    distributed.barrier()  # every rank's part is there
-    if distributed.rank() == 0:
-        state = {"step": step, "stream": stream.state_dict(), "layout": _layout(engine)}
-        write_json(temporary / STATE_NAME, state)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-        for old in complete(folder)[:-keep]:
-            shutil.rmtree(old)
-    distributed.barrier()
-    return path
+
+    def __init__(self, folder: Path, *, keep: int, keep_every: int | None) -> None:
+        self.folder = folder / "checkpoints"
+        self.keep, self.keep_every = keep, keep_every
+        self._writer: _Writer | None = None
+        if distributed.rank() == 0:
+            for unfinished in self.folder.glob(".step_*.tmp"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+    def save(self, engine: Any, stream: Stream, step: int, state: dict[str, Any]) -> float:
+        """Begin to write step_<step>; return the seconds that training had to wait. Call it between two steps.
+
+        `state` goes to state.json. It waits for the save before, where that is not done yet.
+        """
+        start = time.perf_counter()
+        self.finish()
+        path = self.folder / f"step_{step:08d}"
+        temporary = path.with_name(f".{path.name}.tmp")
+        mistakes = []
+        if distributed.rank() == 0:
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            except OSError as error:
+                mistakes.append(_failed(path, error))
+        if distributed.union(mistakes):
+            return time.perf_counter() - start
+        parts = _parts(engine, temporary)
+        state = {"step": step, "stream": stream.state_dict(), "layout": reshape.layout(engine)} | state
+        self._writer = _Writer(self, path, temporary, parts, state)
+        self._writer.start()
+        return time.perf_counter() - start
+
+    def finish(self) -> bool:
+        """Wait for the last save; return whether it, where there was one, is complete."""
+        if self._writer is None:
+            return True
+        complete = self._writer.finish()
+        self._writer = None
+        return complete
+
+    def newest(self) -> Path | None:
+        """The newest complete and undamaged checkpoint. Each rank looks at a part of the files of a candidate."""
+        self.finish()
+        for path in reversed(complete(self.folder.parent)):
+            damages = distributed.union(damage(path, distributed.rank(), distributed.world_size()))
+            if not damages:
+                return path
+            if distributed.rank() == 0:
+                log.warning("damaged, the one before it is used: %s%s", damages[0],
+                            f" and {len(damages) - 1} more files" if len(damages) > 1 else "")  # fmt: skip
+        return None
+
+    def prune(self) -> None:
+        """Drop all but the newest `keep` and those at multiples of `keep_every`."""
+        for old in complete(self.folder.parent)[: -self.keep]:
+            if not (self.keep_every and int(old.name.removeprefix("step_")) % self.keep_every == 0):
+                (old / STATE_NAME).unlink()  # first: what is half removed is not complete
+                shutil.rmtree(old)
+
+
+class _Writer:
+    """Writes this rank's part of a checkpoint; on rank 0 it then waits for the others' and completes it."""
+
+    def __init__(
+        self, owner: Checkpoints, path: Path, temporary: Path, parts: dict[str, bytes], state: dict[str, Any]
+    ) -> None:
+        self.owner, self.path, self.temporary, self.parts, self.state = owner, path, temporary, parts, state
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self._error: str | None = None
+        self._given_up = threading.Event()
+        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self._completer = threading.Thread(target=self._complete, name="checkpoint completion", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        if self.rank == 0:
+            self._completer.start()
+
+    def finish(self) -> bool:
+        self._thread.join()
+        failed = distributed.union([self._error] if self._error else [])
+        if self.rank == 0:
+            if failed:
+                self._given_up.set()
+            self._completer.join()
+        failed = distributed.union([self._error] if self._error else [])
+        return not failed
+
+    def _write(self) -> None:
+        try:
+            manifest = {}
+            while self.parts:
+                name, content = self.parts.popitem()
+                _write_through(self.temporary / name, content)
+                manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            write_json(self.temporary / _part_name(self.rank), manifest)
+        except OSError as error:
+            self._error = _failed(self.path, error)
+            self.parts.clear()
+
+    def _complete(self) -> None:
+        try:
+            manifests = [self.temporary / _part_name(rank) for rank in range(self.world_size)]
+            while not all(manifest.exists() for manifest in manifests):
+                if self._error or self._given_up.wait(POLL):
+                    shutil.rmtree(self.temporary, ignore_errors=True)
+                    return
+            files = {name: entry for manifest in manifests for name, entry in read_json(manifest).items()}
+            for manifest in manifests:
+                manifest.unlink()
+            write_json(self.temporary / STATE_NAME, self.state | {"files": files})
+            _sync(self.temporary)
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.temporary.rename(self.path)
+            _sync(self.path.parent)
+            self.owner.prune()
+        except OSError as error:
+            self._error = _failed(self.path, error)
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def _parts(engine: Any, temporary: Path) -> dict[str, bytes]:
+    """This rank's files of a checkpoint, as DeepSpeed would write them."""
+    parts: dict[str, bytes] = {}
+
+    def keep(state_dict: dict[str, Any], path: Any = None, save_path: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(state_dict, buffer)
+        parts[Path(path or save_path).name] = buffer.getbuffer()
+
+    writer = engine.checkpoint_engine
+    writer.save = keep  # in the place of the method, for this instance
+    try:
+        engine.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False)
+    finally:
+        del writer.save
+    return parts
+
+
+def _part_name(rank: int) -> str:
+    return f"part_{rank:05d}.json"
+
+
+def _write_through(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Have a folder's entries on the disk. Some network file systems do not know this."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def _failed(path: Path, error: OSError) -> str:
+    message = f"rank {distributed.rank()}: {path} was NOT saved: {error.strerror or error}; training goes on"
+    log.error(message)
+    return message
 
 
 def complete(folder: Path) -> list[Path]:
-    """The run's complete checkpoints, oldest first."""
+    """A run's complete checkpoints, oldest first."""
     return sorted(path.parent for path in (folder / "checkpoints").glob(f"step_*/{STATE_NAME}"))
 
 
-def resume(engine: Any, stream: Stream, folder: Path) -> int:
-    """Load the newest complete checkpoint into engine and stream; return its step, or 0 where there is none.
+def damage(path: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with every `parts`-th file of a checkpoint, from number `part` on: size, checksum, or not there."""
+    try:
+        state = read_json(path / STATE_NAME)
+        files = sorted(state["files"].items())
+    except (UserError, KeyError, TypeError, AttributeError):
+        return [f"{path / STATE_NAME}: not what it should be"] if part == 0 else []
+    found = []
+    for name, entry in files[part::parts]:
+        try:
+            with (path / name).open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != entry["bytes"]:
+                    found.append(f"{path / name}: {size} bytes, not {entry['bytes']}")
+                elif hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    found.append(f"{path / name}: its sha256 is not the one in {STATE_NAME}")
+        except OSError as error:
+            found.append(f"{path / name}: {error.strerror}")
+    return found
 
-    Raises UserError where it was written by another number of ranks or at another ZeRO stage.
+
+def load(engine: Any, stream: Stream, path: Path) -> dict[str, Any]:
+    """Load a checkpoint into engine and stream, whatever number of ranks and ZeRO stage wrote it; return its state.
+
+    Raises UserError where the data are others now, or where the checkpoint cannot be brought into this run's layout.
     """
-    checkpoints = complete(folder)
-    if not checkpoints:
-        return 0
-    path = checkpoints[-1]
     state = read_json(path / STATE_NAME)
-    if state["layout"] != _layout(engine):
-        raise UserError(f"{path}: written with {state['layout']}; this run has {_layout(engine)}")
     stream.load_state_dict(state["stream"])
-    engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
-    log.info("resumed at step %d from %s", state["step"], path)
-    return state["step"]
-
-
-def _layout(engine: Any) -> dict[str, int]:
-    return {"ranks": distributed.world_size(), "zero_stage": engine.zero_optimization_stage()}
+    written, now = state["layout"], reshape.layout(engine)
+    if reshape.fits(written, now):
+        engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
+    else:
+        reshape.load(engine, path, written)
+        if distributed.rank() == 0:
+            log.info("reshaped %s from %s to %s", path.name, reshape.describe(written), reshape.describe(now))
+    return state

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from acn_scale.config import Config, Section
-from acn_scale.errors import SharedError, UserError
+from acn_scale.errors import RunFailed, SharedError, UserError
 
 USAGE = "usage: {program} --config FILE.toml [key.sub=value ...]"
 
@@ -32,6 +32,10 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0" or not alike:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunFailed as error:  # on all ranks alike, and in the run's log
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 TEXT_SOURCES = """sources:

@@ -221,7 +221,6 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of weights and activations in the passes")
     zero_stage: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage")
     clip_norm: float = Field(0.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
-    max_skipped_steps: int = Field(20, ge=1, description="skipped updates in a row that end the run")
     log_every: Duration = Field("50step", description="between two lines of training metrics")
 
 
@@ -234,6 +233,30 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     every: Duration = Field("1ep", description="between two checkpoints; one is always made at the end")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_every: Duration | None = Field(None, description="checkpoints at multiples of this are kept for good")
+
+
+class HealthConfig(Section):
+    """What is done when numbers or ranks go wrong."""
+
+    on_bad_step: Literal["fail", "skip", "rollback"] = Field(
+        "skip",
+        description="what a loss or gradient that is not finite, or a spike, does: ends the run, drops the update, or "
+        "goes back to the last checkpoint and passes over the batches that led there",
+    )
+    spike_factor: float = Field(
+        0.0, ge=0, description="a loss above this multiple of the median of the last 100 is a spike; 0: none is"
+    )
+    rollback_batches: int = Field(
+        1, ge=1, description="global batches, the bad one the last of them, that are passed over after going back"
+    )
+    max_bad_steps: int = Field(20, ge=0, description="bad steps of the whole run, above which it ends")
+    max_skipped_steps: int = Field(
+        20, ge=1, description="dropped updates in a row that end the run, also those that fp16's loss scale drops"
+    )
+    hang_timeout: float = Field(
+        600.0, gt=0, description="seconds without progress after which a rank counts as hung and the job is ended"
+    )
 
 
 class Config(Section):
@@ -246,6 +269,7 @@ class Config(Section):
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
     def _data_fit_model(self) -> "Config":

@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ import torch.distributed as dist
 
 from acn_scale.errors import SharedError, UserError
 
+PATIENCE = timedelta(hours=6)  # of a collective: a rank that hangs is the watchdog's to find, long before
+waits = False  # whether this rank waits for the others: which of those that stand still is to blame
 _control: dist.ProcessGroup | None = None  # for what ranks say to each other from the CPU
 
 
@@ -25,9 +28,9 @@ def process_group() -> Iterator[torch.device]:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     global _control
-    _control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+    _control = dist.new_group(backend="gloo", timeout=PATIENCE) if device.type == "cuda" else dist.group.WORLD
     try:
         yield device
     finally:
@@ -40,7 +43,9 @@ def _export_environment() -> None:
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
         os.environ.setdefault("MASTER_ADDR", os.environ["SLURM_LAUNCH_NODE_IPADDR"])
-        os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000))
+        # Another port at each start of a job: what is left of the start before must not answer.
+        number = 7 * int(os.environ["SLURM_JOB_ID"]) + int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        os.environ.setdefault("MASTER_PORT", str(20_000 + number % 20_000))
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(_free_port())
@@ -79,13 +84,27 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def sum_on_cpu(values: list[float]) -> list[float]:
+    """Elementwise sum over the ranks, the same on all, without waiting for what a GPU is still at."""
+    sums = torch.tensor(values, dtype=torch.float64)
+    _sum_on_cpu(sums)
+    return sums.tolist()
+
+
+def _sum_on_cpu(values: torch.Tensor) -> None:
+    global waits
+    waits = True
+    dist.all_reduce(values, group=_control)
+    waits = False
+
+
 def union(items: list[Any]) -> list[Any]:
     """The items of all ranks, by rank, on every rank. One small sum where no rank has any, which is the rule.
 
     It goes from CPU to CPU, without waiting for what a GPU is still at.
     """
     counts = torch.tensor(len(items))
-    dist.all_reduce(counts, group=_control)
+    _sum_on_cpu(counts)
     if counts == 0:
         return []
     parts = [None] * dist.get_world_size()
@@ -103,8 +122,3 @@ def together() -> Iterator[None]:
         mistakes.append(str(error))
     for mistake in union(mistakes):
         raise SharedError(mistake)
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true on any rank; the same answer on all."""
-    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)

@@ -1,17 +1,19 @@
 """Our config -> DeepSpeed config -> engine; one optimizer step; gradient norms that are right at every ZeRO stage."""
 
 import logging
+import math
 import os
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from acn_scale import distributed
 from acn_scale.config import Config
 from acn_scale.errors import UserError
 from acn_scale.optim import build_optimizer
@@ -56,31 +58,77 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
 
 @dataclass
 class Step:
-    """What one optimizer step gave on this rank."""
+    """What one optimizer step gave: by default nothing, of a batch that was passed over."""
 
-    loss: Tensor  # mean over this rank's micro batches
-    applied: bool  # False where DeepSpeed skipped the update for a non-finite gradient
-    waited: float  # seconds spent on waiting for data
-    gradient_norms: dict[str, float] | None  # of the global batch; None where not asked for
+    stop: bool  # whether any rank was asked to stop
+    loss: float = math.nan  # of the global batch
+    own_loss: float = math.nan  # of this rank's part of it
+    fault: str | None = None  # why the update was dropped
+    applied: bool = False  # False where it was dropped: for a fault, or by fp16's loss scale
+    seconds: float = 0.0  # of this rank's forward passes, in which it waits for no other below ZeRO-3
+    gradient_norms: dict[str, float] | None = None  # of the global batch; None where not asked for
 
 
-def train_step(engine: Any, stream: Iterator[dict[str, Tensor]], lr: float, *, measure_gradients: bool) -> Step:
-    """Take a global batch from the stream and make one update with learning rate `lr`."""
+def train_step(
+    engine: Any,
+    stream: Iterator[dict[str, Tensor]],
+    lr: float,
+    *,
+    judge: Callable[[float], str | None] = lambda loss: None,
+    stop: bool = False,
+    measure_gradients: bool = False,
+    phase: Callable[[str], None] = lambda name: None,
+) -> Step:
+    """Take a global batch from the stream and make one update with learning rate `lr`.
+
+    `judge` says what is wrong with the batch's loss, the same on every rank: the update is then dropped, as it is for
+    a gradient that is not finite. `phase` is told where the step is. `stop`: whether this rank was asked to stop.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     micro_steps = engine.gradient_accumulation_steps()
-    losses, waited, norms = [], 0.0, None
+    losses = []
+    seconds = 0.0
     for micro_step in range(micro_steps):
-        start = time.perf_counter()
+        phase("data")
         batch = {name: values.to(engine.device, non_blocking=True) for name, values in next(stream).items()}
-        waited += time.perf_counter() - start
+        phase("forward")
+        start = time.perf_counter()
         loss = engine(**batch)["loss"]
-        engine.backward(loss)
+        seconds += time.perf_counter() - start
         losses.append(loss.detach())
-        if measure_gradients and micro_step == micro_steps - 1:
-            norms = gradient_norms(engine)
-        engine.step()
-    return Step(torch.stack(losses).float().mean(), engine.was_step_applied(), waited, norms)
+        if micro_step < micro_steps - 1:
+            phase("backward")
+            engine.backward(loss)
+            engine.step()  # counts the micro batch
+    start = time.perf_counter()
+    own_loss = torch.stack(losses).double().mean().item()  # waits for a GPU's forward pass
+    seconds += time.perf_counter() - start
+    phase("exchange")
+    total, stops = distributed.sum_on_cpu([own_loss, float(stop)])
+    mean = total / distributed.world_size()
+    fault = judge(mean)
+    phase("backward")
+    engine.backward(loss if fault is None else loss * torch.nan)  # DeepSpeed drops what is not finite, on all ranks
+    norms = gradient_norms(engine) if measure_gradients and fault is None else None
+    phase("update")
+    applied = _update(engine)
+    if not applied and fault is None and not engine.fp16_enabled():
+        fault = "a gradient is not finite"
+    return Step(stops > 0, mean, own_loss, fault, applied, seconds, norms)
+
+
+def _update(engine: Any) -> bool:
+    """Make the update and return whether it was made. DeepSpeed itself looks at the gradients from stage 1 on only."""
+    whole = engine.zero_optimization_stage() == 0 and not (engine.fp16_enabled() or engine.bfloat16_enabled())
+    finite = True
+    if whole:
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        if not finite:
+            engine.module.zero_grad(set_to_none=True)  # without gradients the optimizer leaves everything as it is
+    engine.step()
+    return finite and engine.was_step_applied()
 
 
 def gradient_norms(engine: Any) -> dict[str, float]:

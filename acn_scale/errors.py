@@ -11,3 +11,7 @@ class SharedError(UserError):
 
 class BadData(Exception):
     """A shard or sample that is not what it should be: fails the run or is skipped, as data.on_bad_sample says."""
+
+
+class RunFailed(Exception):
+    """A run that cannot go on, through nothing that a config could mend: one line, exit code 1."""

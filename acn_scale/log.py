@@ -1,13 +1,19 @@
 """Logging to console and file; metrics to metrics.jsonl and TensorBoard under the same names; speeds."""
 
+import contextlib
 import json
 import logging
+import math
+import os
 import resource
+import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -16,6 +22,8 @@ from tqdm import tqdm
 
 from acn_scale import distributed
 from acn_scale.files import write_file
+
+log = logging.getLogger(__name__)
 
 
 class ConsoleHandler(logging.Handler):
@@ -37,48 +45,118 @@ def setup_logging(folder: Path, rank: int) -> None:
         logger.addHandler(handler)
 
 
+# TensorBoard's "custom scalars" tab: what to look at first, in four rows.
+LAYOUT = {
+    "training": {
+        "loss": ["Multiline", ["train/loss", "eval/loss"]],
+        "learning rate": ["Multiline", ["train/lr"]],
+        "gradient norm": ["Multiline", ["train/grad_norm"]],
+    },
+    "depth": {
+        "accuracy by depth": ["Multiline", ["eval/depth_.*/accuracy"]],
+        "cut-off": ["Multiline", ["depth/cutoff"]],
+        "gradient norm by block": ["Multiline", ["grad_norm/block_.*"]],
+    },
+    "speed": {
+        "samples per second": ["Multiline", ["speed/samples_per_second"]],
+        "model FLOPs utilization": ["Multiline", ["speed/mfu"]],
+        "share of time spent waiting for data": ["Multiline", ["speed/data_wait_fraction"]],
+        "seconds of a step before ranks meet": ["Multiline", ["speed/rank_seconds_.*"]],
+        "seconds a checkpoint held training up": ["Multiline", ["speed/checkpoint_stall"]],
+    },
+    "health": {
+        "updates dropped": ["Multiline", ["train/skipped_steps"]],
+        "samples that cannot be read": ["Multiline", ["data/bad_samples"]],
+        "memory (GiB)": ["Multiline", ["memory/.*"]],
+        "restarts": ["Multiline", ["speed/restarts"]],
+    },
+}
+
+
 class Metrics:
     """The one writer of a run's metrics: rank 0 writes, the others do nothing.
 
     A run resumed at `step` goes on as if never stopped: lines of later steps, which the lost part of the run wrote,
-    are taken out of metrics.jsonl and purged in TensorBoard.
+    are taken out of metrics.jsonl and purged in TensorBoard. What a full disk does not take is kept, and written
+    when there is room again.
     """
 
     def __init__(self, folder: Path, *, step: int, rank: int) -> None:
-        self._file = self._board = None
-        if rank == 0:
-            path = folder / "metrics.jsonl"
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-            write_file(path, "".join(kept).encode())
-            self._file = path.open("a")
-            # At step 0 too: a start that was killed before its first checkpoint has left points.
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.path, self.board_folder = folder / "metrics.jsonl", str(folder / "tensorboard")
+        self.writes = rank == 0
+        self._board: SummaryWriter | None = None
+        self._lines: list[str] = []  # not on the disk yet
+        self._points: list[Callable[[SummaryWriter], None]] = []  # neither
+        self._complained = False
+        self.rewind(step)
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file:
-            self._file.close()
-            self._board.close()
+        self.flush()
+        if self._board:
+            with contextlib.suppress(OSError):
+                self._board.close()
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after `step`."""
+        if self.writes:
+            kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= step]
+            write_file(self.path, "".join(kept).encode())
+            if self._board:
+                self._board.close()
+            self._open_board(step)
+
+    def _open_board(self, step: int) -> None:
+        # purge_step at step 0 too: a start that was killed before its first checkpoint has left points.
+        self._board = SummaryWriter(self.board_folder, purge_step=step + 1)
+        self._board.add_custom_scalars(LAYOUT)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Names have slashes: train/loss, eval/depth_06/accuracy."""
-        if self._file:
-            self._file.write(json.dumps({"step": step} | values) + "\n")
-            self._file.flush()
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-
-    def flush(self) -> None:
-        """Have TensorBoard's file written too; a line of metrics.jsonl is as soon as it is made."""
-        if self._board:
-            self._board.flush()
+        """Names have slashes: train/loss, eval/depth_06/accuracy. What is not a finite number is left out."""
+        if self.writes:
+            values = {name: value for name, value in values.items() if math.isfinite(value)}
+            self._lines.append(json.dumps({"step": step} | values) + "\n")
+            self._points += [partial(_scalar, name, value, step) for name, value in values.items()]
+            self._write_out()
 
     def draw(self, step: int, name: str, figure: Figure) -> None:
         """A picture, in TensorBoard only."""
-        if self._board:
-            self._board.add_figure(name, figure, step)
+        if self.writes:
+            self._points.append(lambda board: board.add_figure(name, figure, step))
+            self._write_out()
+
+    def flush(self) -> None:
+        """Have TensorBoard's file written too; a line of metrics.jsonl is as soon as it is made."""
+        if self.writes:
+            self._points.append(lambda board: board.flush())
+            self._write_out()
+
+    def _write_out(self) -> None:
+        try:
+            with self.path.open("ab") as file:
+                size = file.tell()
+                try:
+                    file.write("".join(self._lines).encode())
+                    file.flush()
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        os.truncate(self.path, size)  # no half line
+                    raise
+            self._lines.clear()
+            while self._points:
+                self._points[0](self._board)
+                self._points.pop(0)
+            self._complained = False
+        except OSError as error:
+            if not self._complained:
+                log.error("%s: %s; metrics are kept until they can be written", self.path, error.strerror or error)
+            self._complained = True
+
+
+def _scalar(name: str, value: float, step: int, board: SummaryWriter) -> None:
+    board.add_scalar(name, value, step)
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -91,20 +169,34 @@ class Window:
 
     def __init__(self, samples_per_step: int, tokens_per_sample: int, device: torch.device) -> None:
         self.samples_per_step, self.tokens_per_sample, self.device = samples_per_step, tokens_per_sample, device
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
         self.start, self.steps, self.skipped, self.waited = time.perf_counter(), 0, 0, 0.0
-        self.losses: list[torch.Tensor] = []
+        self.own_seconds = 0.0
+        self.losses: list[float] = []
 
-    def add(self, loss: torch.Tensor, *, applied: bool, waited: float) -> None:
-        """Another step: this rank's loss, whether the update was applied, seconds this rank waited for data."""
+    def add(self, loss: float, *, applied: bool, waited: float, own_seconds: float) -> None:
+        """Another step: its loss, whether the update was made, seconds this rank waited for data and worked alone."""
         self.steps += 1
         self.waited += waited
+        self.own_seconds += own_seconds
         if applied:
             self.losses.append(loss)
         else:
             self.skipped += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without the times: a run that goes on in the middle of a window has others."""
+        return {"losses": self.losses, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.restart()
+        self.losses, self.skipped = list(state["losses"]), state["skipped"]
+
+    def passed_over(self) -> None:
+        """A step that was left out."""
+        self.skipped += 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -114,22 +206,23 @@ class Window:
         self.start += time.perf_counter() - before
 
     def read(self) -> dict[str, float]:
-        """Metrics since the last reading; the loss is the mean over the ranks and the applied steps. Call it on all."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        if self.losses:
-            sums = torch.stack([torch.stack(self.losses).double().sum(), sums[1] + len(self.losses)])
-        loss, steps = distributed.sum_over_ranks(sums).tolist()
+        """Metrics since the last reading; the loss is the mean over the steps with an update. Call it on all ranks."""
         seconds = time.perf_counter() - self.start
         samples = self.steps * self.samples_per_step
-        metrics = {"train/loss": loss / steps} if steps else {}
+        own = distributed.union([(self.own_seconds / max(1, self.steps), distributed.rank())])
+        own.sort()
+        metrics = {"train/loss": statistics.fmean(self.losses)} if self.losses else {}
         metrics |= {
             "train/skipped_steps": self.skipped,
             "speed/samples_per_second": samples / seconds,
             "speed/tokens_per_second": samples * self.tokens_per_sample / seconds,
             "speed/data_wait_fraction": self.waited / seconds,
+            "speed/rank_seconds_median": own[len(own) // 2][0],
+            "speed/rank_seconds_slowest": own[-1][0],
+            "speed/slowest_rank": own[-1][1],
             "memory/peak_gib": peak_memory_gib(self.device),
         }
-        self._restart()
+        self.restart()
         return metrics
 
 

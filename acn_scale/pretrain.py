@@ -4,22 +4,30 @@ import contextlib
 import logging
 import math
 import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from acn_scale import checkpoint, distributed
+from acn_scale.checkpoint import Checkpoints
 from acn_scale.cli import config_from_args, exit_on_user_error
 from acn_scale.config import Config
 from acn_scale.data import build_evaluation, build_stream
+from acn_scale.data.stream import Evaluation, Stream
 from acn_scale.depth import cutoff, depth_figure, evaluate, tokens_per_sample
 from acn_scale.durations import Duration, Horizon
-from acn_scale.engine import build_engine, train_step
+from acn_scale.engine import Step, build_engine, train_step
+from acn_scale.errors import RunFailed
+from acn_scale.guard import Guard
 from acn_scale.log import Metrics, Window, setup_logging
 from acn_scale.models import build_model
 from acn_scale.optim import learning_rate
-from acn_scale.runs import check_run_folder, open_run_folder
+from acn_scale.runs import append_bad_step, check_run_folder, open_run_folder, restarts
+from acn_scale.stopping import EXIT_STOPPED, StopSignals
+from acn_scale.watchdog import Watchdog
 
 log = logging.getLogger("acn_scale.pretrain")
 
@@ -28,80 +36,199 @@ def main() -> None:
     cfg = config_from_args(sys.argv[1:], program="acn_scale/pretrain.py")
     check_run_folder(cfg)
     with distributed.process_group() as device:
-        train(cfg, device)
+        finished = train(cfg, device)
+    if not finished:
+        sys.exit(EXIT_STOPPED)
 
 
-def train(cfg: Config, device: torch.device) -> None:
-    """The whole run, from its newest checkpoint where there is one. Call it on every rank."""
+def train(cfg: Config, device: torch.device) -> bool:
+    """The run, from its newest checkpoint where there is one, to its end: True, or until a signal asks it to stop:
+    False, with a checkpoint. Call it on every rank.
+    """
     rank, world_size = distributed.rank(), distributed.world_size()
     with distributed.together():
         stream = build_stream(cfg, rank, world_size, distributed.union, device)
         evaluation = build_evaluation(cfg, rank, world_size, distributed.union)
-    horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
-    torch.manual_seed(cfg.run.seed)  # the same initial weights on every rank
-    model = build_model(cfg.model)
-    folder = open_run_folder(cfg)
+        horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
+    with distributed.together():
+        folder = open_run_folder(cfg)
     setup_logging(folder, rank)
-    log.info("%s", describe(cfg, model, horizon, world_size))
-    engine = build_engine(model, cfg, device, world_size)
-    step = checkpoint.resume(engine, stream, folder)
-
-    def due(every: Duration, at: int) -> bool:
-        return at % max(1, horizon.count(every)) == 0 or at == horizon.steps
-
-    window = Window(cfg.train.global_batch_size, tokens_per_sample(cfg.model), device)
-    skipped_in_a_row = 0
     with (
-        Metrics(folder, step=step, rank=rank) as metrics,
-        progress_bar(cfg, step, horizon) as progress,
+        StopSignals() as signals,
+        Watchdog(folder, rank, world_size, cfg.health.hang_timeout) as watchdog,
         contextlib.closing(stream),
     ):
-        while step < horizon.steps:
-            torch.manual_seed(dropout_seed(cfg.run.seed, step, rank))
-            lr = learning_rate(cfg.optim, horizon, step)
-            step += 1
-            result = train_step(engine, stream, lr, measure_gradients=due(cfg.train.log_every, step))
-            window.add(result.loss, applied=result.applied, waited=result.waited)
-            skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
-            if skipped_in_a_row == cfg.train.max_skipped_steps:
-                raise RuntimeError(f"step {step}: {skipped_in_a_row} updates in a row skipped for non-finite gradients")
-            if due(cfg.train.log_every, step):
-                bad = {"data/bad_samples": len(stream.bad.known)}
-                log_training(metrics, progress, step, lr, window.read() | bad, result.gradient_norms)
-            if due(cfg.eval.every, step):
-                with window.paused():
-                    log_evaluation(metrics, step, evaluate(engine.module, evaluation, device), cfg.eval.tolerance)
-            if due(cfg.checkpoint.every, step):
-                with window.paused():
-                    metrics.flush()
-                    checkpoint.save(engine, stream, folder, step, keep=cfg.checkpoint.keep)
-            progress.update()
-    log.info("finished at step %d; results in %s", step, folder)
+        return Trainer(cfg, device, folder, stream, evaluation, horizon, signals, watchdog).run()
 
 
-def log_training(
-    metrics: Metrics, progress: tqdm, step: int, lr: float, window: dict[str, float], norms: dict[str, float]
-) -> None:
-    """A line of training metrics. Raises RuntimeError, on all ranks, for a loss that is not a finite number."""
-    loss = window.get("train/loss", math.nan)
-    if not math.isfinite(loss) and window["train/skipped_steps"] == 0:
-        raise RuntimeError(f"step {step}: the loss is {loss}")
-    parts = {f"grad_norm/{part}": norm for part, norm in norms.items() if part != "all"}
-    metrics.write(step, window | {"train/lr": lr, "train/grad_norm": norms["all"]} | parts)
-    progress.set_postfix_str(f"loss {loss:.4f}, {window['speed/samples_per_second']:.0f} samples/s", refresh=False)
+class Trainer:
+    """What a run consists of, and the loop over its steps."""
 
+    def __init__(
+        self,
+        cfg: Config,
+        device: torch.device,
+        folder: Path,
+        stream: Stream,
+        evaluation: Evaluation,
+        horizon: Horizon,
+        signals: StopSignals,
+        watchdog: Watchdog,
+    ) -> None:
+        self.cfg, self.device, self.folder, self.stream, self.evaluation = cfg, device, folder, stream, evaluation
+        self.horizon, self.signals, self.watchdog = horizon, signals, watchdog
+        self.rank = distributed.rank()
+        torch.manual_seed(cfg.run.seed)  # the same initial weights on every rank
+        model = build_model(cfg.model)
+        log.info("%s", describe(cfg, model, horizon, distributed.world_size()))
+        self.engine = build_engine(model, cfg, device, distributed.world_size())
+        keep_every = cfg.checkpoint.keep_every and horizon.count(cfg.checkpoint.keep_every)
+        self.checkpoints = Checkpoints(folder, keep=cfg.checkpoint.keep, keep_every=keep_every)
+        self.guard = Guard(cfg.health)
+        self.stall = 0.0  # seconds that the last checkpoint held training up
+        self.restarts = restarts(folder)
+        self.window = Window(cfg.train.global_batch_size, tokens_per_sample(cfg.model), device)
 
-def log_evaluation(metrics: Metrics, step: int, scores: dict[str, list[float]], tolerance: float) -> None:
-    """The scores at full depth, the accuracy at each depth, the cut-off, and the curve as a picture."""
-    accuracy = scores["accuracy"]
-    values = {f"eval/{name}": depths[-1] for name, depths in scores.items()}
-    values |= {f"eval/depth_{depth:02d}/accuracy": value for depth, value in enumerate(accuracy)}
-    values["depth/cutoff"] = cutoff(accuracy, tolerance)
-    metrics.write(step, values)
-    metrics.draw(step, "depth/curve", depth_figure({f"step {step}": accuracy}, tolerance))
-    curve = " ".join(f"{100 * value:.1f}" for value in accuracy)
-    loss, cut = values["eval/loss"], values["depth/cutoff"]
-    log.info("step %d: loss %.4f, accuracy by depth %s, cut-off %d", step, loss, curve, cut)
+    def run(self) -> bool:
+        """All steps that are left; False where a signal stopped it before the end."""
+        step = self.load(self.checkpoints.newest())
+        stop = False
+        with (
+            Metrics(self.folder, step=step, rank=self.rank) as self.metrics,
+            progress_bar(self.cfg, step, self.horizon) as self.progress,
+        ):
+            while step < self.horizon.steps and not stop:
+                step += 1
+                result = self.take(step)
+                stop = result.stop
+                if result.fault and self.cfg.health.on_bad_step == "rollback":
+                    start = self.roll_back(step)
+                    if start < step:
+                        step = start
+                        continue
+                if self.due(self.cfg.train.log_every, step):
+                    self.log(step, result)
+                with self.window.paused():
+                    if self.due(self.cfg.eval.every, step):
+                        self.evaluate(step)
+                    if self.due(self.cfg.checkpoint.every, step) or stop:
+                        self.save(step)
+                self.progress.update()
+            if not self.checkpoints.finish():
+                raise RunFailed(f"step {step}: the last checkpoint could not be written; see {self.folder}/train.log")
+        finished = step == self.horizon.steps
+        if finished:
+            log.info("finished at step %d; results in %s", step, self.folder)
+        else:
+            log.info("stopped at step %d, as a signal asked for, and saved; the same command goes on", step)
+        return finished
+
+    def due(self, every: Duration, step: int) -> bool:
+        return step % max(1, self.horizon.count(every)) == 0 or step == self.horizon.steps
+
+    def take(self, step: int) -> Step:
+        """One optimizer step, judged by all ranks alike."""
+        torch.manual_seed(dropout_seed(self.cfg.run.seed, step - 1, self.rank))
+        self.watchdog.beat(step, "data")
+        if step in self.guard.passed_over:
+            self.stream.pass_over()
+            self.window.passed_over()
+            return Step(stop=distributed.sum_on_cpu([self.signals.received is not None])[0] > 0)
+        waited = self.stream.waited
+        result = train_step(
+            self.engine,
+            self.stream,
+            learning_rate(self.cfg.optim, self.horizon, step - 1),
+            judge=self.guard.fault,
+            stop=self.signals.received is not None,
+            measure_gradients=self.due(self.cfg.train.log_every, step),
+            phase=partial(self.watchdog.beat, step),
+        )
+        waited = self.stream.waited - waited
+        self.window.add(result.loss, applied=result.applied, waited=waited, own_seconds=waited + result.seconds)
+        if result.fault:
+            self.note_bad(step, result)
+        else:
+            self.guard.good(result.loss, applied=result.applied)
+        return result
+
+    def note_bad(self, step: int, result: Step) -> None:
+        """Log a bad step with the samples that may have caused it, and count it."""
+        mine = (self.rank, result.own_loss, self.stream.samples_of(step - 1))
+        parts = distributed.union([mine])
+        suspects = [part for part in parts if not math.isfinite(part[1])] or parts
+        ranks, samples = [rank for rank, *_ in suspects], [sample for *_, part in suspects for sample in part]
+        if self.rank == 0:
+            path = append_bad_step(
+                self.folder, {"step": step, "fault": result.fault, "ranks": ranks, "samples": samples}
+            )
+            log.warning(
+                "step %d: %s; the update is dropped. Samples %s%s, on rank %s; all in %s; "
+                "to look at them: python tools/inspect_batch.py %s --step %d",
+                step, result.fault, ", ".join(map(str, samples[:8])), ", ..." if len(samples) > 8 else "",
+                ", ".join(map(str, ranks[:8])), path, self.folder, step,
+            )  # fmt: skip
+        self.guard.bad(step, result.fault)
+
+    def roll_back(self, step: int) -> int:
+        """Go back to the newest checkpoint, to pass over the batches up to this step's; return the step it is of."""
+        self.watchdog.beat(step, "checkpoint")
+        path = self.checkpoints.newest()
+        if path is None:
+            log.warning("step %d: no checkpoint to go back to yet; the update stays dropped", step)
+            return step
+        start = self.load(path, keep_bad_steps=True)
+        self.guard.pass_over(step, start)
+        log.warning("back at step %d; passed over from there: the batches of steps %s", start, self.guard.ahead(start))
+        self.metrics.rewind(start)
+        self.progress.n = start
+        return start
+
+    def load(self, path: Path | None, *, keep_bad_steps: bool = False) -> int:
+        """Go on from a checkpoint, or from the beginning where there is none; return the step."""
+        if path is None:
+            return 0
+        self.watchdog.beat(0, "reshape")  # which may take as long as it needs
+        state = checkpoint.load(self.engine, self.stream, path)
+        self.guard.load_state_dict(state["guard"], keep_bad_steps=keep_bad_steps)
+        self.window.load_state_dict(state["window"])
+        log.info("resumed at step %d from %s", state["step"], path)
+        return state["step"]
+
+    def save(self, step: int) -> None:
+        """Begin a checkpoint."""
+        self.watchdog.beat(step, "checkpoint")
+        self.metrics.flush()
+        state = {"guard": self.guard.state_dict(), "window": self.window.state_dict()}
+        self.stall = self.checkpoints.save(self.engine, self.stream, step, state)
+
+    def log(self, step: int, result: Step) -> None:
+        """A line of training metrics."""
+        values = self.window.read() | {"train/lr": learning_rate(self.cfg.optim, self.horizon, step - 1)}
+        values |= {"data/bad_samples": len(self.stream.bad.known), "speed/checkpoint_stall": self.stall}
+        values |= {"speed/restarts": self.restarts}
+        if result.gradient_norms is not None:
+            norms = dict(result.gradient_norms)
+            values |= {"train/grad_norm": norms.pop("all")}
+            values |= {f"grad_norm/{part}": norm for part, norm in norms.items()}
+        self.metrics.write(step, values)
+        loss, speed = values.get("train/loss", math.nan), values["speed/samples_per_second"]
+        self.progress.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} samples/s", refresh=False)
+
+    def evaluate(self, step: int) -> None:
+        """The scores at full depth, the accuracy at each depth, the cut-off, and the curve as a picture."""
+        batches = self.watchdog.each(self.evaluation, "evaluation")
+        scores = evaluate(self.engine.module, batches, self.device)
+        tolerance = self.cfg.eval.tolerance
+        accuracy = scores["accuracy"]
+        values = {f"eval/{name}": depths[-1] for name, depths in scores.items()}
+        values |= {f"eval/depth_{depth:02d}/accuracy": value for depth, value in enumerate(accuracy)}
+        values["depth/cutoff"] = cutoff(accuracy, tolerance)
+        self.metrics.write(step, values)
+        self.metrics.draw(step, "depth/curve", depth_figure({f"step {step}": accuracy}, tolerance))
+        curve = " ".join(f"{100 * value:.1f}" for value in accuracy)
+        loss, cut = values["eval/loss"], values["depth/cutoff"]
+        log.info("step %d: loss %.4f, accuracy by depth %s, cut-off %d", step, loss, curve, cut)
 
 
 def progress_bar(cfg: Config, step: int, horizon: Horizon) -> tqdm:

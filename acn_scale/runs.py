@@ -1,5 +1,6 @@
 """The folder of a run: which config made it, in which environment, and what it measured."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -23,6 +24,19 @@ def run_folder(cfg: Config) -> Path:
     return Path(cfg.run.dir) / cfg.run.name
 
 
+# Keys that may change between two starts: what the run computes does not depend on them but by rounding.
+FREE = ("train.zero_stage", "train.micro_batch_size", "data.workers", "data.verify_checksums", "data.max_bad_samples",
+        "data.remote.", "eval.batch_size", "checkpoint.", "health.")  # fmt: skip
+
+
+FAILURE = "failure.json"  # in the health folder: what ended the last start of the run, if it failed
+
+
+def health_folder(folder: Path) -> Path:
+    """Where a run's heartbeats, its bad steps, stacks and its failure are."""
+    return folder / "health"
+
+
 def check_run_folder(cfg: Config) -> None:
     """Raises UserError for a folder that another config made: its checkpoints and metrics would not fit this run."""
     path = run_folder(cfg) / "config.json"
@@ -30,7 +44,7 @@ def check_run_folder(cfg: Config) -> None:
         return
     old = _flat(read_json(path))
     new = _flat(cfg.model_dump(mode="json"))
-    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and not key.startswith(FREE)]
     if changed:
         key = changed[0]
         raise UserError(
@@ -46,11 +60,30 @@ def open_run_folder(cfg: Config) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if distributed.rank() == 0:
+            health_folder(folder).mkdir(exist_ok=True)
+            for leftover in (FAILURE, "rank_*.json"):
+                for path in health_folder(folder).glob(leftover):
+                    path.unlink()
             write_json(folder / "config.json", cfg.model_dump(mode="json"))
-            write_json(folder / "environment.json", environment() | {"world_size": distributed.world_size()})
+            path = folder / "environment.json"
+            restarts = read_json(path).get("restarts", -1) + 1 if path.exists() else 0
+            write_json(path, environment() | {"world_size": distributed.world_size(), "restarts": restarts})
     except OSError as error:
         raise UserError(f"run.dir = {cfg.run.dir}: {folder}: {error.strerror}") from None
     return folder
+
+
+def restarts(folder: Path) -> int:
+    """How often the run has been started again."""
+    return read_json(folder / "environment.json")["restarts"]
+
+
+def append_bad_step(folder: Path, values: dict[str, Any]) -> Path:
+    """Add a line to bad_steps.jsonl: what was wrong at a step, and which samples it was made of."""
+    path = health_folder(folder) / "bad_steps.jsonl"
+    with contextlib.suppress(OSError), path.open("a") as file:
+        file.write(json.dumps(values) + "\n")
+    return path
 
 
 def environment() -> dict[str, Any]:

@@ -52,6 +52,7 @@ def vit(digits: Path, tmp_path: Path) -> Callable[..., Config]:
             "train": {"length": "20step", "global_batch_size": 16, "clip_norm": 1.0, "log_every": "5step"},
             "eval": {"every": "10step"},
             "checkpoint": {"every": "5step"},
+            "health": {},
         }
         return Config.model_validate({name: values.get(name, {}) | sections.get(name, {}) for name in values})
 

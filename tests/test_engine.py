@@ -63,8 +63,7 @@ def engine_run(cfg: Config) -> tuple[list[float], list[dict[str, float]], list[f
     for step in range(STEPS):
         result = train_step(engine, stream, learning_rate(cfg.optim, horizon, step), measure_gradients=True)
         assert result.applied
-        loss = distributed.sum_over_ranks(result.loss.clone()) / world_size
-        losses.append(loss.item())
+        losses.append(result.loss)
         norms.append(result.gradient_norms)
     return losses, norms, first["loss"]
 

@@ -10,14 +10,15 @@ PACKAGE = ROOT / "acn_scale"
 # A module may import from rows above its own, and from its own row within one package.
 ROWS = [
     {"errors"},
-    {"durations", "files"},
+    {"durations", "files", "stopping"},
     {"config"},
     {"cli", "distributed"},
-    {"log", "runs", "models", "data", "optim"},
-    {"engine", "checkpoint", "depth"},
+    {"log", "runs", "models", "data", "optim", "guard"},
+    {"engine", "reshape", "depth", "watchdog"},
+    {"checkpoint"},
     {"pretrain", "report", "batches", "benchmark"},
 ]
-ONLY_IN = {"deepspeed": {"engine", "checkpoint"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
+ONLY_IN = {"deepspeed": {"engine"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,6 +1,8 @@
 """Samples -> batches: the infinite, resumable training stream of a rank, and the finite evaluation pass."""
 
 import logging
+import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader
 from acn_scale.config import StreamConfig
 from acn_scale.data.samples import Batch, Loaded, Samples
 from acn_scale.errors import SharedError, UserError
+from acn_scale.stopping import SIGNALS
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +27,17 @@ def _loader(samples: Samples, batches: Any, workers: int) -> DataLoader:
         batch_sampler=batches,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,  # nothing is sent over: open shards are not to be pickled
+        worker_init_fn=ignore_stop_signals,
         collate_fn=_as_is,
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def ignore_stop_signals(_: int) -> None:
+    """In a loader process: it gets the job's signals too, and must go on until the trainer closes it."""
+    for number in (signal.SIGUSR1, *SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(loaded: Loaded) -> Loaded:
@@ -133,6 +143,7 @@ class Stream:
     ) -> None:
         self.samples, self.cfg, self.plan, self.share, self.copies = samples, cfg, plan, share, copies
         self.taken = 0  # micro batches handed out
+        self.waited = 0.0  # seconds spent on waiting for this rank's own samples
         self._ahead: Loaded | None = None  # on its way to the device
         self.bad = BadSamples(cfg, share)
         self._batches: Iterator[Loaded] | None = None
@@ -142,6 +153,7 @@ class Stream:
         return self
 
     def __next__(self) -> Batch:
+        start = time.perf_counter()
         if self._batches is None:
             self._batches = iter(_loader(self.samples, self.plan.batches(self.taken), self.cfg.workers))
         if self.taken % self.plan.micro_steps == 0:
@@ -150,6 +162,7 @@ class Stream:
         if self.copies and loaded.batch is not None:
             self.copies.finish(loaded.batch)
             self._ahead = self._load()
+        self.waited += time.perf_counter() - start
         self.bad.note(loaded)
         self.taken += 1
         return loaded.batch
@@ -159,6 +172,15 @@ class Stream:
         if self.copies is None or loaded.batch is None:
             return loaded
         return loaded._replace(batch=self.copies.start(loaded.batch))
+
+    def pass_over(self) -> None:
+        """Leave out a whole global batch."""
+        for _ in range(self.plan.micro_steps):
+            next(self)
+
+    def samples_of(self, step: int) -> list[int]:
+        """The samples of this rank's part of a global batch, as numbers in the data set."""
+        return [self.samples.key(position)[0].sample for position in self.plan.positions(step).flatten().tolist()]
 
     def close(self) -> None:
         """End the loader processes. A next batch starts them again where they were."""

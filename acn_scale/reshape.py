@@ -1,0 +1,115 @@
+"""Checkpoints of another number of ranks or ZeRO stage, by way of DeepSpeed's universal format: a file a tensor."""
+
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acn_scale import distributed
+from acn_scale.errors import SharedError
+from acn_scale.optim import names_in_order
+
+log = logging.getLogger(__name__)
+
+MODEL_FILE = "mp_rank_00_model_states.pt"
+FOLDER = "universal"
+
+
+def layout(engine: Any) -> dict[str, Any]:
+    """How an engine's state is spread: what decides whether a checkpoint can be loaded as it is."""
+    precision = "fp16" if engine.fp16_enabled() else "bf16" if engine.bfloat16_enabled() else "fp32"
+    ranks, stage = distributed.world_size(), engine.zero_optimization_stage()
+    return {"ranks": ranks, "zero_stage": stage, "precision": precision}
+
+
+def describe(layout: dict[str, Any]) -> str:
+    ranks = layout["ranks"]
+    return f"{ranks} rank{'s' if ranks > 1 else ''} at ZeRO-{layout['zero_stage']}"
+
+
+def fits(written: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a checkpoint can be loaded without reshaping. In fp32 at stage 0 every rank holds the whole state."""
+    whole = {"zero_stage": 0, "precision": "fp32"}
+    return written == now or (written | whole == written and now | whole == now)
+
+
+def load(engine: Any, path: Path, written: dict[str, Any]) -> None:
+    """Load what another layout wrote. The universal form is made once, by rank 0, and kept in the checkpoint."""
+    universal = path / FOLDER
+    mistakes = []
+    if distributed.rank() == 0 and not universal.exists():
+        temporary = path / f".{FOLDER}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            if written["zero_stage"] == 0:
+                _spread(path, temporary, names_in_order(engine.module))
+            else:
+                _convert(path, temporary)
+            temporary.rename(universal)
+        except (OSError, RuntimeError) as error:
+            mistakes.append(f"{path}: could not be brought from {describe(written)} to this run's: {error}")
+    for mistake in distributed.union(mistakes):
+        raise SharedError(mistake)
+    if engine.zero_optimization_stage() == 0:
+        _gather(engine, universal)
+    else:
+        _load_universal(engine, universal)
+
+
+def _convert(path: Path, out: Path) -> None:
+    """By DeepSpeed's own tool, in a process of its own: it prints, starts processes, and takes memory."""
+    log.info("reshaping %s, once", path)
+    arguments = ["--input_folder", str(path), "--output_folder", str(out), "--inject_missing_state"]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1])
+
+
+def _load_universal(engine: Any, universal: Path) -> None:
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in _groups(engine)]
+    engine._config.load_universal_checkpoint = True
+    try:
+        engine.load_checkpoint(str(universal.parent), tag=universal.name, load_lr_scheduler_states=False)
+    finally:
+        engine._config.load_universal_checkpoint = False
+    for group, values in zip(_groups(engine), groups, strict=True):
+        group |= values  # ZeRO-3 gives every group the first one's weight decay
+
+
+def _groups(engine: Any) -> list[dict[str, Any]]:
+    return engine.optimizer.param_groups
+
+
+def _spread(path: Path, out: Path, names: list[str]) -> None:
+    """What one process of plain PyTorch holds, in the universal format, which DeepSpeed makes from stage 1 on only."""
+    state = torch.load(path / MODEL_FILE, map_location="cpu", weights_only=False)
+    optimizer = state["optimizer"]
+    for number, name in enumerate(names):
+        folder = out / "zero" / name
+        folder.mkdir(parents=True)
+        values = optimizer["state"][number]
+        for key, value in ({"fp32": state["module"][name].float()} | values).items():
+            torch.save(value if key == "step" else {"param": value}, folder / f"{key}.pt")
+    torch.save({"optimizer_state_dict": optimizer}, out / "zero" / "optimizer_state.pt")
+    shutil.copyfile(path / MODEL_FILE, out / MODEL_FILE)
+
+
+def _gather(engine: Any, universal: Path) -> None:
+    """The universal format into one process of plain PyTorch."""
+    optimizer = engine.optimizer
+    for name, parameter in engine.module.named_parameters():
+        values = {
+            file.stem: torch.load(file, map_location="cpu", weights_only=True)
+            for file in (universal / "zero" / name).glob("*.pt")
+        }
+        with torch.no_grad():
+            parameter.copy_(values.pop("fp32")["param"].view_as(parameter))
+        optimizer.state[parameter] = {
+            key: value if key == "step" else value["param"].view_as(parameter).to(parameter.device)
+            for key, value in values.items()
+        }

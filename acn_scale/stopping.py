@@ -1,0 +1,30 @@
+"""Signals that ask a run to stop: noted at once, heeded between two steps."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+# Slurm's time limit and preemption (through --signal and --requeue), a launcher that ends, and Ctrl-C.
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+EXIT_STOPPED = 75  # as sysexits.h's EX_TEMPFAIL: what was reached is saved, and the same command goes on
+
+
+class StopSignals:
+    """While entered, a signal sets `received` instead of ending the process; a second Ctrl-C ends it all the same."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            signal.default_int_handler(number, frame)
+        self.received = signal.Signals(number).name
