@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import logging
 import os
 import sys
@@ -92,7 +93,9 @@ def config_from_args(args: Sequence[str], program: str) -> Config:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file, after the file that its `base` names, and apply overrides such as "optim.lr=3e-4"."""
+    """Read a TOML file, or a run's config.json, after the file that its `base` names, and apply overrides such as
+    "optim.lr=3e-4".
+    """
     values = _read(path)
     base = values.pop("base", None)
     if base is not None:
@@ -110,11 +113,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not TOML: {error}") from None
+        raise UserError(f"{path}: not {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
 
 
 def _read_base(path: Path, base: object) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from acn_scale.durations import Horizon
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices get weight decay; biases, norms and other vectors get none."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if len(_shape(parameter)) >= 2]
-    vectors = [parameter for parameter in parameters if len(_shape(parameter)) < 2]
+    matrices = [parameter for parameter in parameters if len(shape(parameter)) >= 2]
+    vectors = [parameter for parameter in parameters if len(shape(parameter)) < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def _shape(parameter: nn.Parameter) -> torch.Size:
+def shape(parameter: nn.Parameter) -> torch.Size:
     """Also of one that ZeRO-3 has taken apart."""
     return getattr(parameter, "ds_shape", parameter.shape)
 

@@ -51,7 +51,7 @@ def train(cfg: Config, device: torch.device) -> bool:
         evaluation = build_evaluation(cfg, rank, world_size, distributed.union)
         horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
     with distributed.together():
-        folder = open_run_folder(cfg)
+        folder = open_run_folder(cfg, horizon.steps)
     setup_logging(folder, rank)
     with (
         StopSignals() as signals,

@@ -51,7 +51,7 @@ def _depth_table(results: Sequence[Result]) -> str:
     deepest = max(len(result.accuracy) for result in results)
     rows = [["accuracy (%) at depth", *map(str, range(deepest))]]
     rows += [[result.name, *(f"{100 * value:.1f}" for value in result.accuracy)] for result in results]
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _savings_table(results: Sequence[Result], tolerance: float) -> str:
@@ -70,7 +70,7 @@ def _savings_table(results: Sequence[Result], tolerance: float) -> str:
                 f"{1 - cut.flops / full.flops:.0%}",
             ]
         )
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _unigram_line(result: Result) -> str | None:
@@ -81,7 +81,8 @@ def _unigram_line(result: Result) -> str | None:
     return f"{result.name}: masked-token loss {result.loss:.2f} nats, held out; by unigram frequency {guess:.2f}"
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
+    """A table: the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(max(map(len, rows)))]
     lines = []
     for name, *cells in rows:

@@ -1,5 +1,7 @@
 """Checkpoints of another number of ranks or ZeRO stage, by way of DeepSpeed's universal format: a file a tensor."""
 
+import copy
+import importlib.metadata
 import logging
 import shutil
 import subprocess
@@ -11,7 +13,7 @@ import torch
 
 from acn_scale import distributed
 from acn_scale.errors import SharedError
-from acn_scale.optim import names_in_order
+from acn_scale.optim import names_in_order, shape
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ def load(engine: Any, path: Path, written: dict[str, Any]) -> None:
                 _spread(path, temporary, names_in_order(engine.module))
             else:
                 _convert(path, temporary)
+            _complete(temporary, {name: shape(each) for name, each in engine.module.named_parameters()})
             temporary.rename(universal)
         except (OSError, RuntimeError) as error:
             mistakes.append(f"{path}: could not be brought from {describe(written)} to this run's: {error}")
@@ -70,19 +73,44 @@ def _convert(path: Path, out: Path) -> None:
         raise RuntimeError((done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1])
 
 
+def _complete(universal: Path, shapes: dict[str, torch.Size]) -> None:
+    """Add what DeepSpeed's tool leaves out and its loaders need, which differs between stages 1, 2 and 3."""
+    path = universal / "zero" / "optimizer_state.pt"
+    state = torch.load(path, map_location="cpu", weights_only=False)
+    folders = [file.parent for file in (universal / "zero").glob("*/fp32.pt")]
+    written = next((folder / "step.pt" for folder in folders if (folder / "step.pt").exists()), None)
+    if written is not None:
+        step = torch.load(written, weights_only=True)
+    else:
+        step = state["optimizer_state_dict"]["state"][0]["step"]
+    for folder in folders:
+        torch.save(step, folder / "step.pt")
+        for file in folder.glob("*.pt"):
+            values = torch.load(file, map_location="cpu", weights_only=True)
+            if file.stem != "step" and torch.is_tensor(values):  # from stage 3: bare, and flat
+                torch.save({"param": values.view(shapes[folder.name])}, file)
+    groups = (state if "param_groups" in state else state["optimizer_state_dict"])["param_groups"]
+    kept = {name: state[name] for name in ("loss_scaler", "dynamic_loss_scale", "overflow") if name in state}
+    kept |= {"ds_version": importlib.metadata.version("deepspeed"), "param_groups": groups}
+    kept |= {"optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": groups}}
+    torch.save(kept, path)
+
+
 def _load_universal(engine: Any, universal: Path) -> None:
-    groups = [{name: value for name, value in group.items() if name != "params"} for group in _groups(engine)]
-    engine._config.load_universal_checkpoint = True
-    try:
-        engine.load_checkpoint(str(universal.parent), tag=universal.name, load_lr_scheduler_states=False)
-    finally:
-        engine._config.load_universal_checkpoint = False
-    for group, values in zip(_groups(engine), groups, strict=True):
+    optimizer = engine.optimizer
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    sharded_weights = engine.zero_optimization_partition_weights()
+    if sharded_weights:
+        optimizer.checkpoint_event_prologue()
+    optimizer.load_state_dict(state_dict_list=None, checkpoint_folder=str(universal), load_optimizer_states=True)
+    if sharded_weights:
+        optimizer.checkpoint_event_epilogue()
+        for state in optimizer.optimizer.state.values():  # it shares one counter, which each group would then advance
+            state["step"] = copy.deepcopy(state["step"])
+    else:
+        optimizer.update_lp_params()
+    for group, values in zip(optimizer.param_groups, groups, strict=True):
         group |= values  # ZeRO-3 gives every group the first one's weight decay
-
-
-def _groups(engine: Any) -> list[dict[str, Any]]:
-    return engine.optimizer.param_groups
 
 
 def _spread(path: Path, out: Path, names: list[str]) -> None:
@@ -96,7 +124,6 @@ def _spread(path: Path, out: Path, names: list[str]) -> None:
         for key, value in ({"fp32": state["module"][name].float()} | values).items():
             torch.save(value if key == "step" else {"param": value}, folder / f"{key}.pt")
     torch.save({"optimizer_state_dict": optimizer}, out / "zero" / "optimizer_state.pt")
-    shutil.copyfile(path / MODEL_FILE, out / MODEL_FILE)
 
 
 def _gather(engine: Any, universal: Path) -> None:

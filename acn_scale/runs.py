@@ -29,6 +29,7 @@ FREE = ("train.zero_stage", "train.micro_batch_size", "data.workers", "data.veri
         "data.remote.", "eval.batch_size", "checkpoint.", "health.")  # fmt: skip
 
 
+COMMIT = "COMMIT"  # beside the package in a snapshot: what it is a snapshot of
 FAILURE = "failure.json"  # in the health folder: what ended the last start of the run, if it failed
 
 
@@ -54,7 +55,7 @@ def check_run_folder(cfg: Config) -> None:
         )
 
 
-def open_run_folder(cfg: Config) -> Path:
+def open_run_folder(cfg: Config, steps: int) -> Path:
     """Make the folder; rank 0 writes down what makes the run: config.json, and environment.json of its last start."""
     folder = run_folder(cfg)
     try:
@@ -67,7 +68,9 @@ def open_run_folder(cfg: Config) -> Path:
             write_json(folder / "config.json", cfg.model_dump(mode="json"))
             path = folder / "environment.json"
             restarts = read_json(path).get("restarts", -1) + 1 if path.exists() else 0
-            write_json(path, environment() | {"world_size": distributed.world_size(), "restarts": restarts})
+            write_json(
+                path, environment() | {"world_size": distributed.world_size(), "restarts": restarts, "steps": steps}
+            )
     except OSError as error:
         raise UserError(f"run.dir = {cfg.run.dir}: {folder}: {error.strerror}") from None
     return folder
@@ -90,7 +93,7 @@ def environment() -> dict[str, Any]:
     """What a result may depend on besides its config."""
     return {
         "command": sys.argv,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -99,8 +102,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _git_commit() -> str | None:
-    """Of this package's checkout, with "-dirty" where files differ from it; None where it is none."""
+def git_commit() -> str | None:
+    """Of this package's checkout, with "-dirty" where files differ from it; of a snapshot, the one it was taken from.
+    None where there is none.
+    """
+    noted = Path(__file__).parents[1] / COMMIT
+    if noted.exists():
+        return noted.read_text().strip()
     if shutil.which("git") is None:
         return None
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]

@@ -1,0 +1,27 @@
+"""What runs inside a job: the trainer of the snapshot. Sent along with the job, so that it is not read from a checkout
+that may have changed since.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+
+
+def run(snapshot: str) -> int | None:
+    """Become the trainer, on Slurm; elsewhere run it, hand the job's signals on to it, and return its exit code."""
+    command = [sys.executable, "-u", f"{snapshot}/acn_scale/pretrain.py", "--config", f"{snapshot}/config.json"]
+    # The snapshot comes before the checkout that the package may be installed from.
+    environment = os.environ | {"PYTHONPATH": snapshot}
+    environment.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+    if "SUBMITIT_LOCAL_GLOBALID" not in os.environ:
+        os.execve(sys.executable, command, environment)
+    rank, ranks = os.environ["SUBMITIT_LOCAL_GLOBALID"], os.environ["SUBMITIT_LOCAL_NTASKS"]
+    # The job's number is the controller's process: another one at each start, and the same for all ranks.
+    port = 20_000 + int(os.environ["SUBMITIT_LOCAL_JOB_ID"]) % 20_000
+    environment |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    trainer = subprocess.Popen(command, env=environment, start_new_session=True)
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, lambda number, _: trainer.send_signal(number))
+    return trainer.wait()

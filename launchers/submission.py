@@ -1,0 +1,229 @@
+"""From a config to jobs: options of a cluster, the snapshot that a job runs, and the submission through submitit."""
+
+import argparse
+import hashlib
+import json
+import logging
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import job
+import requeue
+import submitit
+from submitit.slurm.slurm import _make_sbatch_string
+
+import acn_scale
+from acn_scale.cli import positive
+from acn_scale.config import Config
+from acn_scale.data import build_stream
+from acn_scale.errors import UserError
+from acn_scale.runs import COMMIT, check_run_folder, git_commit, run_folder, write_json
+
+cloudpickle.register_pickle_by_value(job)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those that say where and on what to run."""
+    add = parser.add_argument_group("where to run").add_argument
+    add("--cluster", choices=("slurm", "local", "debug"), default="slurm", help="slurm: submit a job. local: "
+        "processes on this machine, started again when they fail. debug: one process, in this terminal "
+        "(default: slurm)")  # fmt: skip
+    add("--nodes", type=positive, default=1, help="machines (default: 1)")
+    add("--gpus-per-node", type=int, default=0, help="GPUs of each, with a process for each (default: 0)")
+    add("--tasks-per-node", type=positive, help="processes of each machine (default: its GPUs, or 1)")
+    add("--cpus-per-task", type=positive, help="CPU cores of each process, its loader processes included")
+    add("--mem", type=float, metavar="GB", help="main memory of each machine")
+    add("--time", type=duration, default=24 * 60, metavar="[DAYS-]HOURS:MINUTES", help="time limit of one start; the "
+        "job saves before it, and is queued again (default: 24:00)")  # fmt: skip
+    add("--signal-delay", type=positive, default=120, metavar="SECONDS", help="time before the limit at which the run "
+        "is asked to save and stop (default: 120)")  # fmt: skip
+    for name in ("partition", "account", "qos", "constraint", "exclude"):
+        add(f"--{name}", help="as sbatch's")
+    add("--extra", action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch; may be repeated")
+    add("--tries", type=positive, default=requeue.TRIES, help="starts without a new checkpoint after which a job that "
+        f"fails is given up (default: {requeue.TRIES})")  # fmt: skip
+    add("--dry-run", action="store_true", help="print the sbatch file and submit nothing")
+
+
+def duration(text: str) -> int:
+    """[DAYS-]HOURS:MINUTES, or minutes, as minutes; for argparse."""
+    days, _, rest = text.rpartition("-")
+    hours, _, minutes = rest.rpartition(":")
+    try:
+        total = (int(days or 0) * 24 + int(hours or 0)) * 60 + int(minutes)
+    except ValueError:
+        total = 0
+    if total < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be [DAYS-]HOURS:MINUTES, or minutes")
+    return total
+
+
+def tasks_per_node(args: argparse.Namespace) -> int:
+    return args.tasks_per_node or max(1, args.gpus_per_node)
+
+
+def check(cfg: Config, args: argparse.Namespace) -> None:
+    """Raises UserError for what would end the job as soon as it starts."""
+    check_run_folder(cfg)
+    cfg.micro_batch_size(1 if args.cluster == "debug" else args.nodes * tasks_per_node(args))
+    build_stream(cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch_size": None})}))
+    if args.cluster != "slurm" and args.nodes > 1:
+        raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} is this machine alone")
+
+
+def _content(cfg: Config) -> dict[str, bytes]:
+    """What a job is made of, by its name in the snapshot."""
+    sources = Path(acn_scale.__file__).parents[1]
+    files = sorted(path for part in ("acn_scale", "launchers") for path in (sources / part).rglob("*.py"))
+    config = json.dumps(cfg.model_dump(mode="json"), indent=1) + "\n"
+    return {str(path.relative_to(sources)): path.read_bytes() for path in files} | {"config.json": config.encode()}
+
+
+def snapshot_path(cfg: Config) -> Path:
+    """Where the snapshot of the code and config as they are now belongs."""
+    digest = hashlib.sha256(repr(sorted(_content(cfg).items())).encode()).hexdigest()
+    return (run_folder(cfg) / "jobs" / f"snapshot_{digest[:12]}").resolve()
+
+
+def prepare(cfg: Config) -> Path:
+    """Copy the code and the resolved config into the run's folder, where later edits do not reach; return where.
+
+    The same code and config give the same folder: one that a queued job waits for is never written over.
+    """
+    snapshot = snapshot_path(cfg)
+    if not snapshot.exists():
+        temporary = snapshot.with_suffix(".tmp")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            for name, content in _content(cfg).items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / name).write_bytes(content)
+            (temporary / COMMIT).write_text(f"{git_commit() or 'not in git'}\n")
+            temporary.rename(snapshot)
+        except OSError as error:
+            raise UserError(f"run.dir = {cfg.run.dir}: {snapshot}: {error.strerror}") from None
+    return snapshot
+
+
+def parameters(args: argparse.Namespace, name: str, snapshots: Sequence[Path]) -> dict[str, Any]:
+    """What submitit is told of a Slurm job."""
+    given = {name: getattr(args, name) for name in ("partition", "account", "qos", "constraint", "exclude")}
+    extra: dict[str, Any] = {"requeue": True}
+    for item in args.extra:
+        key, sign, value = item.removeprefix("--").partition("=")
+        extra[key] = value if sign else True
+    again = [
+        "env",
+        f"PYTHONPATH={snapshots[0]}",
+        sys.executable,
+        str(snapshots[0] / "launchers" / "requeue.py"),
+        "--tries",
+        str(args.tries),
+    ]
+    folders = [str(snapshot.parents[1]) for snapshot in snapshots]
+    cores = args.cpus_per_task
+    values = given | {
+        "job_name": name,
+        "nodes": args.nodes,
+        "ntasks_per_node": tasks_per_node(args),
+        "gpus_per_node": args.gpus_per_node or None,
+        "cpus_per_task": cores,
+        "mem": f"{args.mem:g}G" if args.mem else None,
+        "time": args.time,
+        "signal_delay_s": args.signal_delay,
+        "additional_parameters": extra,
+        # A rank that dies ends the job. Slurm hands the cores of a task on by itself up to 22.04 only.
+        "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={cores}"] if cores else [])],
+        "teardown": ["code=$?", f"{shlex.join(again)} $code {shlex.join(folders)}", "exit $code"],
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def submit(args: argparse.Namespace, name: str, snapshots: Sequence[Path], parallel: int | None = None) -> list[str]:
+    """Submit a job, or an array of jobs, on Slurm; return their ids."""
+    executor = submitit.SlurmExecutor(folder=_logs(snapshots))
+    executor.update_parameters(**parameters(args, name, snapshots))
+    if parallel:
+        executor.update_parameters(array_parallelism=parallel)
+    logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns that sacct is off, and works all the same
+    with executor.batch():
+        jobs = [executor.submit(job.run, str(snapshot)) for snapshot in snapshots]
+    for submitted, snapshot in zip(jobs, snapshots, strict=True):
+        write_json(snapshot.parent / "job.json", {"id": submitted.job_id, "log": str(submitted.paths.stderr)})
+    return [submitted.job_id for submitted in jobs]
+
+
+def check_with_slurm(text: str) -> None:
+    """Have sbatch look at its file without submitting it. Raises UserError with what it says."""
+    if shutil.which("sbatch") is None:
+        raise UserError("--cluster slurm: there is no sbatch on this machine; --cluster local needs no Slurm")
+    done = subprocess.run(["sbatch", "--test-only"], input=text, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line.partition("error: ")[2] or line for line in done.stderr.strip().splitlines()]
+        raise UserError(f"sbatch: {'; '.join(lines)}")
+
+
+def _logs(snapshots: Sequence[Path]) -> Path:
+    """Of a run, in its folder; of the runs of an array, in the folder that they have in common."""
+    return snapshots[0].parent if len(snapshots) == 1 else snapshots[0].parents[2] / "jobs"
+
+
+def sbatch_file(args: argparse.Namespace, name: str, snapshots: Sequence[Path], parallel: int | None = None) -> str:
+    """What would be given to sbatch."""
+    logs = _logs(snapshots)
+    values = parameters(args, name, snapshots)
+    if len(snapshots) > 1:
+        values |= {"map_count": len(snapshots), "array_parallelism": parallel or len(snapshots)}
+    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(logs))}"
+    return _make_sbatch_string(command=command, folder=logs, **values) + "\n"
+
+
+def run_here(args: argparse.Namespace, snapshot: Path) -> int:
+    """Train on this machine until the run is finished or given up; return its exit code. Ctrl-C saves and stops."""
+    executor = submitit.LocalExecutor(folder=snapshot.parent)
+    executor.update_parameters(tasks_per_node=tasks_per_node(args), timeout_min=args.time,
+                               signal_delay_s=args.signal_delay, gpus_per_node=args.gpus_per_node)  # fmt: skip
+    interrupted = False
+    while True:
+        running = executor.submit(job.run, str(snapshot))
+        print(f"log of rank 0: {running.paths.stderr}", file=sys.stderr)
+        try:
+            codes = _follow(running)
+        except KeyboardInterrupt:
+            interrupted = True
+            running._process.terminate()  # goes on to all ranks
+            codes = _follow(running)
+        code = max(codes, key=abs)
+        if interrupted or not requeue.worth_another(snapshot.parents[1], code, args.tries):
+            return code
+
+
+def _follow(running: submitit.Job) -> list[int]:
+    """Show what rank 0 says until the job is over; return the exit codes of its ranks."""
+    path, place = Path(running.paths.stderr), 0
+    while True:
+        over = running.done()
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(place)
+                new = file.read()
+            sys.stderr.buffer.write(new)
+            sys.stderr.flush()
+            place += len(new)
+        if over:
+            break
+        time.sleep(0.5)
+    codes = []
+    for rank in running._sub_jobs or [running]:
+        try:
+            codes.append(rank.result())
+        except Exception:  # the process that would have told is gone
+            codes.append(1)
+    return codes

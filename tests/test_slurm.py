@@ -1,0 +1,109 @@
+"""The launchers on a real Slurm of two nodes: whatever happens to a job, the run ends as if nothing had."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import slurm
+
+from acn_scale.cli import load_config
+from acn_scale.runs import run_folder
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 180  # seconds for what a job should come to
+LACKS = slurm.missing()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(LACKS), reason=f"no Slurm to run on this machine, which lacks {', '.join(LACKS)}"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Slurm]:
+    with slurm.running(tmp_path_factory.mktemp("slurm") / "slurm") as running:
+        yield running
+
+
+@pytest.fixture
+def config(tmp_path: Path, digits: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        f'run = {{name = "tiny", dir = "{tmp_path}/runs"}}\n'
+        'model = {name = "vit", connectivity = "acn", depth = 2, dim = 16, num_heads = 2, image_size = 8, '
+        "patch_size = 4, channels = 1, num_classes = 10, dropout = 0.1}\n"
+        f'data = {{kind = "images", train = "{digits}/train", eval = "{digits}/eval", streams = 4}}\n'
+        "optim = {lr = 1e-3}\n"
+        'train = {length = "400step", global_batch_size = 16, log_every = "1step", zero_stage = 1}\n'
+        'eval = {every = "200step"}\n'
+        'checkpoint = {every = "20step"}\n'
+    )
+    return path
+
+
+def launch(cluster: slurm.Slurm, launcher: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "launchers" / launcher, *arguments]
+    environment = cluster.environment | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end, what
+        time.sleep(0.1)
+
+
+def reached(run: Path) -> int:
+    try:
+        return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def measured(run: Path) -> list[dict]:
+    """Without speeds and memory."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name[:5] not in ("speed", "memor")} for line in lines]
+
+
+def over(cluster: slurm.Slurm, job: str) -> bool:
+    return job not in cluster.run("squeue", "-h", "-o", "%A")
+
+
+def test_whatever_happens_to_a_job_the_run_ends_the_same(cluster: slurm.Slurm, config: Path) -> None:
+    """Requeued, asked to stop, out of time, a node lost: the metrics are those of the unbroken run, bit for bit."""
+    options = ["--config", config, "--nodes", 2, "--cpus-per-task", 1]
+    run = run_folder(load_config(config))
+    submitted = launch(cluster, "pretrain.py", *options, "--time", "0:30")
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.split()[1].rstrip(":")
+
+    def restarted(since: int) -> None:
+        """Wait until the run is further than it was."""
+        until(lambda: reached(run) >= since or over(cluster, job), f"no step {since}: {cluster.run('squeue')}")
+
+    restarted(30)
+    cluster.run("scontrol", "requeue", job)
+    restarted(90)
+    cluster.run("scancel", "--signal=USR2", job)
+    restarted(150)
+    cluster.kill_node("n2")
+    cluster.start_node("n2")
+    restarted(210)
+    cluster.run("scancel", "--signal=TERM", job)
+    until(lambda: over(cluster, job), "the job has no end")
+    assert reached(run) == 400
+    log = (run / "train.log").read_text()
+    assert log.count("resumed at step") == 4
+    assert log.count("as a signal asked for") == 2
+    table = launch(cluster, "status.py", run.parent).stdout
+    assert f"{run}  finished  400/400" in table.replace("   ", " ").replace("   ", " ") or "finished" in table
+
+    unbroken = run.with_name("unbroken")
+    launch(cluster, "pretrain.py", *options, "run.name=unbroken")
+    until(lambda: reached(unbroken) == 400, "the unbroken run has no end")
+    assert measured(run) == measured(unbroken)
