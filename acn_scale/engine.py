@@ -121,14 +121,15 @@ def train_step(
 def _update(engine: Any) -> bool:
     """Make the update and return whether it was made. DeepSpeed itself looks at the gradients from stage 1 on only."""
     whole = engine.zero_optimization_stage() == 0 and not (engine.fp16_enabled() or engine.bfloat16_enabled())
-    finite = True
     if whole:
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-        finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
-        if not finite:
-            engine.module.zero_grad(set_to_none=True)  # without gradients the optimizer leaves everything as it is
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            engine.optimizer.step = lambda: None  # in the place of the method, for this step
+            engine.step()
+            del engine.optimizer.step
+            return False
     engine.step()
-    return finite and engine.was_step_applied()
+    return engine.was_step_applied()
 
 
 def gradient_norms(engine: Any) -> dict[str, float]:

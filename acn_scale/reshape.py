@@ -34,15 +34,18 @@ def describe(layout: dict[str, Any]) -> str:
 
 
 def fits(written: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether a checkpoint can be loaded without reshaping. In fp32 at stage 0 every rank holds the whole state."""
-    whole = {"zero_stage": 0, "precision": "fp32"}
-    return written == now or (written | whole == written and now | whole == now)
+    """Whether a checkpoint can be loaded without reshaping. At stage 0 every rank holds the whole state."""
+    return written == now or (written["zero_stage"] == 0 and written | {"ranks": now["ranks"]} == now)
 
 
 def load(engine: Any, path: Path, written: dict[str, Any]) -> None:
     """Load what another layout wrote. The universal form is made once, by rank 0, and kept in the checkpoint."""
     universal = path / FOLDER
     mistakes = []
+    stages = written["zero_stage"], engine.zero_optimization_stage()
+    if 0 in stages and written["precision"] != "fp32":
+        raise SharedError(f"train.zero_stage = {stages[1]}: {path} is of stage {stages[0]}, and in {written['precision']} "
+                          "there is no way between stage 0 and the others")  # fmt: skip
     if distributed.rank() == 0 and not universal.exists():
         temporary = path / f".{FOLDER}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
