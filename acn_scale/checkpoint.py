@@ -21,6 +21,7 @@ from acn_scale.runs import read_json, write_json
 log = logging.getLogger(__name__)
 
 STATE_NAME = "state.json"  # written last: a folder without it is not a checkpoint
+LAST_WAIT = 10.0  # seconds for the other ranks' parts when this rank fails
 POLL = 0.05  # seconds between two looks for the other ranks' parts
 
 
@@ -72,6 +73,12 @@ class Checkpoints:
         self._writer = None
         return complete
 
+    def close(self) -> None:
+        """Let a save that is under way come to its end, when the run itself has failed. Not collective."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
     def newest(self) -> Path | None:
         """The newest complete and undamaged checkpoint. Each rank looks at a part of the files of a candidate."""
         self.finish()
@@ -107,8 +114,7 @@ class _Writer:
 
     def start(self) -> None:
         self._thread.start()
-        if self.rank == 0:
-            self._completer.start()
+        self._completer.start()
 
     def finish(self) -> bool:
         self._thread.join()
@@ -119,6 +125,11 @@ class _Writer:
             self._completer.join()
         failed = distributed.union([self._error] if self._error else [])
         return not failed
+
+    def close(self) -> None:
+        self._thread.join()
+        self._completer.join(timeout=LAST_WAIT if self.rank == 0 else 0)
+        self._given_up.set()
 
     def _write(self) -> None:
         try:
@@ -133,6 +144,8 @@ class _Writer:
             self.parts.clear()
 
     def _complete(self) -> None:
+        if self.rank != 0:
+            return
         try:
             manifests = [self.temporary / _part_name(rank) for rank in range(self.world_size)]
             while not all(manifest.exists() for manifest in manifests):

@@ -1,6 +1,7 @@
 """Logging to console and file; metrics to metrics.jsonl and TensorBoard under the same names; speeds."""
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -33,6 +34,13 @@ class ConsoleHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class RunLog(logging.FileHandler):
+    """A full disk costs lines, and does not fill the console with tracebacks."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 def setup_logging(folder: Path, rank: int) -> None:
     """INFO on rank 0, WARNING on the others, to the console and to train.log, which keeps earlier starts' lines."""
     level = logging.INFO if rank == 0 else logging.WARNING
@@ -40,7 +48,7 @@ def setup_logging(folder: Path, rank: int) -> None:
     logger = logging.getLogger("acn_scale")
     logger.setLevel(level)
     logger.handlers.clear()
-    for handler in (ConsoleHandler(), logging.FileHandler(folder / "train.log")):
+    for handler in (ConsoleHandler(), RunLog(folder / "train.log")):
         handler.setFormatter(line)
         logger.addHandler(handler)
 
@@ -95,23 +103,23 @@ class Metrics:
 
     def __exit__(self, *_: object) -> None:
         self.flush()
-        if self._board:
-            with contextlib.suppress(OSError):
-                self._board.close()
+        self._close_board()
 
     def rewind(self, step: int) -> None:
         """Forget what came after `step`."""
         if self.writes:
             kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= step]
             write_file(self.path, "".join(kept).encode())
-            if self._board:
-                self._board.close()
-            self._open_board(step)
+            self._close_board()
+            # purge_step at step 0 too: a start that was killed before its first checkpoint has left points.
+            self._board = SummaryWriter(self.board_folder, purge_step=step + 1)
+            self._board.add_custom_scalars(LAYOUT)
 
-    def _open_board(self, step: int) -> None:
-        # purge_step at step 0 too: a start that was killed before its first checkpoint has left points.
-        self._board = SummaryWriter(self.board_folder, purge_step=step + 1)
-        self._board.add_custom_scalars(LAYOUT)
+    def _close_board(self) -> None:
+        if self._board:
+            with contextlib.suppress(OSError):
+                self._board.close()
+        self._board = None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Names have slashes: train/loss, eval/depth_06/accuracy. What is not a finite number is left out."""
@@ -119,40 +127,45 @@ class Metrics:
             values = {name: value for name, value in values.items() if math.isfinite(value)}
             self._lines.append(json.dumps({"step": step} | values) + "\n")
             self._points += [partial(_scalar, name, value, step) for name, value in values.items()]
-            self._write_out()
+            self.flush()
 
     def draw(self, step: int, name: str, figure: Figure) -> None:
         """A picture, in TensorBoard only."""
         if self.writes:
             self._points.append(lambda board: board.add_figure(name, figure, step))
-            self._write_out()
+            self.flush()
 
     def flush(self) -> None:
-        """Have TensorBoard's file written too; a line of metrics.jsonl is as soon as it is made."""
-        if self.writes:
-            self._points.append(lambda board: board.flush())
-            self._write_out()
-
-    def _write_out(self) -> None:
+        """Have all on the disk, or try again next time."""
+        if not self.writes:
+            return
         try:
-            with self.path.open("ab") as file:
-                size = file.tell()
-                try:
-                    file.write("".join(self._lines).encode())
-                    file.flush()
-                except OSError:
-                    with contextlib.suppress(OSError):
-                        os.truncate(self.path, size)  # no half line
-                    raise
+            _append(self.path, "".join(self._lines).encode())
             self._lines.clear()
-            while self._points:
-                self._points[0](self._board)
-                self._points.pop(0)
+            self._board = self._board or SummaryWriter(self.board_folder)
+            for point in self._points:
+                point(self._board)
+            self._board.flush()
+            self._points.clear()
             self._complained = False
         except OSError as error:
+            self._close_board()  # its thread has died of the error
             if not self._complained:
                 log.error("%s: %s; metrics are kept until they can be written", self.path, error.strerror or error)
             self._complained = True
+
+
+def _append(path: Path, content: bytes) -> None:
+    """All of it, or nothing."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
 
 
 def _scalar(name: str, value: float, step: int, board: SummaryWriter) -> None:
@@ -188,7 +201,7 @@ class Window:
 
     def state_dict(self) -> dict[str, Any]:
         """Without the times: a run that goes on in the middle of a window has others."""
-        return {"losses": self.losses, "skipped": self.skipped}
+        return {"losses": list(self.losses), "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.restart()

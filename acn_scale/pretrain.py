@@ -96,6 +96,7 @@ class Trainer:
         with (
             Metrics(self.folder, step=step, rank=self.rank) as self.metrics,
             progress_bar(self.cfg, step, self.horizon) as self.progress,
+            contextlib.closing(self.checkpoints),
         ):
             while step < self.horizon.steps and not stop:
                 step += 1

@@ -44,8 +44,10 @@ def load(engine: Any, path: Path, written: dict[str, Any]) -> None:
     mistakes = []
     stages = written["zero_stage"], engine.zero_optimization_stage()
     if 0 in stages and written["precision"] != "fp32":
-        raise SharedError(f"train.zero_stage = {stages[1]}: {path} is of stage {stages[0]}, and in {written['precision']} "
-                          "there is no way between stage 0 and the others")  # fmt: skip
+        raise SharedError(
+            f"train.zero_stage = {stages[1]}: {path} is of stage {stages[0]}, and in {written['precision']} "
+            "there is no way between stage 0 and the others"
+        )
     if distributed.rank() == 0 and not universal.exists():
         temporary = path / f".{FOLDER}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)

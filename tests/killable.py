@@ -24,20 +24,29 @@ _context.set_forkserver_preload(["acn_scale.pretrain"])
 class Start:
     """The ranks of one start of `deepspeed acn_scale/pretrain.py ARGUMENTS`; they write beside `record`."""
 
-    def __init__(self, arguments: Sequence[str], record: Path, ranks: int) -> None:
+    def __init__(self, arguments: Sequence[str], record: Path, ranks: int, hang: tuple[int, int] | None = None) -> None:
+        """`hang`: a rank, and the micro batch that it waits for without end."""
         self.record = record
         port = random.randint(20_000, 30_000)
         self.processes: list[BaseProcess] = [
-            _context.Process(target=_pretrain, args=(arguments, record, rank, ranks, port)) for rank in range(ranks)
+            _context.Process(target=_pretrain, args=(arguments, record, rank, ranks, port, hang))
+            for rank in range(ranks)
         ]
         for process in self.processes:
             process.start()
 
-    def kill(self, batches: int) -> None:
-        """SIGKILL all ranks at some moment after so many more micro batches, if the run has not ended by then."""
+    def after(self, batches: int) -> None:
+        """Wait for so many more micro batches, or for the end of a rank."""
         enough = len(trained(self.record)) + batches
         while all(process.exitcode is None for process in self.processes) and len(trained(self.record)) < enough:
-            time.sleep(0.05)
+            time.sleep(0.02)
+
+    def send(self, number: int, rank: int) -> None:
+        os.kill(self.processes[rank].pid, number)
+
+    def kill(self, batches: int) -> None:
+        """SIGKILL all ranks at some moment after so many more micro batches, if the run has not ended by then."""
+        self.after(batches)
         time.sleep(random.uniform(0, 0.1))
         for process in random.sample(self.processes, len(self.processes)):
             process.kill()
@@ -65,7 +74,9 @@ def said(record: Path, rank: int = 0) -> str:
     return record.with_suffix(f".{rank}.err").read_text()
 
 
-def _pretrain(arguments: Sequence[str], record: Path, rank: int, ranks: int, port: int) -> None:
+def _pretrain(
+    arguments: Sequence[str], record: Path, rank: int, ranks: int, port: int, hang: tuple[int, int] | None
+) -> None:
     from acn_scale import pretrain
     from acn_scale.cli import exit_on_user_error
     from acn_scale.data.samples import Batch
@@ -75,6 +86,8 @@ def _pretrain(arguments: Sequence[str], record: Path, rank: int, ranks: int, por
     file = record.with_suffix(f".{rank}").open("ab", buffering=0)
 
     def recorded(stream: Stream) -> Batch:
+        if hang == (rank, stream.taken):
+            time.sleep(1000)
         place, batch = stream.taken, take(stream)
         file.write(json.dumps([place, numbers_in(batch["images"])]).encode() + b"\n")
         return batch

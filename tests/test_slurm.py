@@ -1,6 +1,7 @@
 """The launchers on a real Slurm of two nodes: whatever happens to a job, the run ends as if nothing had."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from acn_scale.runs import run_folder
 ROOT = Path(__file__).parents[1]
 PATIENCE = 180  # seconds for what a job should come to
 LACKS = slurm.missing()
+if LACKS and os.environ.get("REQUIRE_SLURM"):
+    raise RuntimeError(f"REQUIRE_SLURM is set, and this machine lacks {', '.join(LACKS)}")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(LACKS), reason=f"no Slurm to run on this machine, which lacks {', '.join(LACKS)}"),

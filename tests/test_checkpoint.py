@@ -1,0 +1,173 @@
+"""Checkpoints are whole or not there, are chosen and kept as they should be, and fit any number of ranks and stage."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+from test_pretrain import measured, named, refused, run, run_until
+
+from acn_scale.checkpoint import complete, damage
+from acn_scale.config import Config
+from acn_scale.runs import run_folder
+
+
+def steps(cfg: Config) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in complete(run_folder(cfg))]
+
+
+def test_keep(two_ranks: Callable, vit: Callable[..., Config]) -> None:
+    """The newest two, and every tenth step's for good."""
+    cfg = vit(train={"length": "40step"}, checkpoint={"every": "4step", "keep": 2, "keep_every": "10step"})
+    two_ranks(run, cfg)
+    assert steps(cfg) == [20, 36, 40]
+    state = json.loads((complete(run_folder(cfg))[0] / "state.json").read_text())
+    files = {path.name for path in complete(run_folder(cfg))[0].iterdir()}
+    assert set(state["files"]) | {"state.json"} == files
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def not_json(path: Path) -> None:
+    (path.parent / "state.json").write_text("{")
+
+
+@pytest.mark.parametrize("harm", [cut, flip, Path.unlink, not_json])
+def test_a_damaged_one_is_skipped(two_ranks: Callable, vit: Callable[..., Config], harm: Callable) -> None:
+    """With a warning that names the file; the run is then the one it would have been."""
+    whole = vit(run={"name": "whole"}, train={"zero_stage": 1})
+    broken = named(whole, "broken")
+    two_ranks(run, whole)
+    two_ranks(run_until, broken, 14)
+    newest = complete(run_folder(broken))[-1]
+    assert damage(newest) == []
+    victim = sorted(newest.glob("*.pt"))[-1]
+    harm(victim)
+    assert len(damage(newest)) == 1
+    two_ranks(run, broken)
+    log = (run_folder(broken) / "train.log").read_text()
+    assert log.count(f"damaged, the one before it is used: {newest}") == 1
+    assert "resumed at step 5 from" in log
+    assert measured(broken) == measured(whole)
+
+
+def test_nothing_undamaged_is_a_start_from_the_beginning(one_rank: Callable, vit: Callable[..., Config]) -> None:
+    cfg = vit(checkpoint={"keep": 1})
+    one_rank(run_until, cfg, 8)
+    flip(next(complete(run_folder(cfg))[0].glob("*.pt")))
+    one_rank(run, cfg)
+    assert "resumed" not in (run_folder(cfg) / "train.log").read_text()
+
+
+PAIRS = [((2, a), (1, b)) for a, b in product(range(4), repeat=2)]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda pair: f"{pair[0]} ranks ZeRO-{pair[1]}")
+def test_other_ranks_and_stages(
+    one_rank: Callable, two_ranks: Callable, vit: Callable[..., Config], first: tuple, second: tuple
+) -> None:
+    """There and back: the same batches, and in fp32 losses within 1e-4 of the unbroken run's."""
+    ranks = {1: one_rank, 2: two_ranks}
+    train = {"log_every": "1step", "zero_stage": first[1]}
+    whole = vit(run={"name": "whole"}, train=train)
+    broken = named(whole, "broken")
+    other = vit(run={"name": "broken"}, train=train | {"zero_stage": second[1], "micro_batch_size": 8})
+    ranks[first[0]](run, whole)
+    ranks[first[0]](run_until, broken, 8)
+    ranks[second[0]](run_until, other, 13)
+    ranks[first[0]](run, broken)
+    expected, got = measured(whole), measured(broken)
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        values = [[line[name] for line in lines if name in line] for lines in (expected, got)]
+        assert values[1] == pytest.approx(values[0], abs=1e-4)
+    log = (run_folder(broken) / "train.log").read_text()
+    if first[1] or second[1]:
+        assert f"reshaped step_00000005 from 2 ranks at ZeRO-{first[1]} to 1 rank at ZeRO-{second[1]}" in log
+    else:
+        assert "reshaped" not in log
+
+
+def test_16_bit_stage_0_is_refused_elsewhere(one_rank: Callable, vit: Callable[..., Config]) -> None:
+    """DeepSpeed keeps its master weights there in a form of their own."""
+    train = {"precision": "bf16", "length": "5step"}
+    one_rank(run, vit(train=train, model={"depth": 1}))
+    (message,) = one_rank(refused, vit(train=train | {"zero_stage": 1}, model={"depth": 1}))
+    assert message.startswith("train.zero_stage = 1: ")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("a small file system can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    """To the last byte."""
+    with (folder / "filler").open("wb", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(b"0" * 4096)
+
+
+def filled_run(cfg: Config, disk: Path, full: range) -> str:
+    """The disk is full during these steps."""
+    from acn_scale import pretrain
+
+    def step(*args, **keywords):
+        count = args[0].global_steps + 1
+        if count == full.start and cfg.run.seed == 0 and pretrain.distributed.rank() == 0:
+            fill(disk)
+        if count == full.stop and pretrain.distributed.rank() == 0:
+            (disk / "filler").unlink(missing_ok=True)
+        return whole(*args, **keywords)
+
+    whole, pretrain.train_step = pretrain.train_step, step
+    try:
+        return refused(cfg)
+    finally:
+        pretrain.train_step = whole
+
+
+def said(cfg: Config) -> str:
+    return (run_folder(cfg) / "train.log").read_text()
+
+
+def test_a_full_disk_fails_the_save_and_not_the_run(
+    two_ranks: Callable, vit: Callable[..., Config], small_disk: Path
+) -> None:
+    """It is loud; the metrics of that time are written later; the next save is complete."""
+    train = {"log_every": "1step", "zero_stage": 1}
+    whole = vit(run={"name": "whole"}, train=train)
+    cfg = vit(run={"name": "full", "dir": str(small_disk)}, train=train)
+    two_ranks(run, whole)
+    assert two_ranks(filled_run, cfg, small_disk, range(8, 13)) == ["", ""]
+    assert steps(cfg) == [15, 20]
+    assert measured(cfg) == measured(whole)
+    log = said(cfg)
+    assert "step_00000010 was NOT saved: No space left on device; training goes on" in log
+
+
+def test_a_disk_that_stays_full(two_ranks: Callable, vit: Callable[..., Config], small_disk: Path) -> None:
+    """What was saved before is still there, and the run ends with one line, not with success."""
+    cfg = vit(run={"name": "full", "dir": str(small_disk)}, train={"zero_stage": 1})
+    first, second = two_ranks(filled_run, cfg, small_disk, range(8, 99))
+    assert first == second
+    assert "step 20: the last checkpoint could not be written" in first
+    assert steps(cfg) == [5]
+    assert damage(complete(run_folder(cfg))[0]) == []
+    assert not list((run_folder(cfg) / "checkpoints").glob(".step*"))

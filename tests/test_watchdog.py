@@ -1,0 +1,106 @@
+"""When ranks go wrong, the job ends on all of them and says which rank it was and where; signals stop a run safely."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from killable import Start, said, trained
+from made import numbered_images
+from test_pretrain import command_line, measured
+
+from acn_scale.cli import load_config
+from acn_scale.stopping import EXIT_STOPPED
+from acn_scale.watchdog import EXIT_ABORTED
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    """Of a run of 120 steps on samples that can be told apart."""
+    data = numbered_images(tmp_path / "data", [17] * 15)
+    return command_line(tmp_path, data, data, "data.shuffle_window=30", "health.hang_timeout=3")
+
+
+def failure(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "runs/tiny/health/failure.json").read_text())
+
+
+def test_a_rank_that_hangs_is_named(tmp_path: Path, arguments: list[str]) -> None:
+    """It waits for its data for ever, and the other one waits for it."""
+    start = Start(arguments, tmp_path / "record", 2, hang=(1, 25))
+    start.after(25)
+    begin = time.monotonic()
+    first, second = start.wait()
+    assert second == EXIT_ABORTED
+    assert first in (1, EXIT_ABORTED)  # it may have seen the other one go
+    assert time.monotonic() - begin < 3 + 20
+    reason = failure(tmp_path)["reason"]
+    assert re.match(r"rank 1 \(.*, process \d+\), step 26, data, hangs for \d+ s \(health.hang_timeout = 3\)", reason)
+    for rank in range(2):
+        assert "rank 1 (" in said(tmp_path / "record", rank)
+
+
+def test_a_rank_that_does_not_answer_is_named(tmp_path: Path, arguments: list[str]) -> None:
+    """Stopped, it holds its connections, and nothing but its heartbeat tells."""
+    start = Start(arguments, tmp_path / "record", 2)
+    start.after(25)
+    start.send(signal.SIGSTOP, 0)
+    start.processes[1].join(30)
+    assert start.processes[1].exitcode == EXIT_ABORTED
+    assert re.match(r"rank 0 \(.*\), step \d+, \w+, does not answer any more", failure(tmp_path)["reason"])
+    start.send(signal.SIGCONT, 0)
+    assert start.wait() == [EXIT_ABORTED] * 2
+
+
+def test_a_rank_that_dies_is_named(tmp_path: Path, arguments: list[str]) -> None:
+    start = Start(arguments, tmp_path / "record", 2)
+    start.after(25)
+    start.send(signal.SIGKILL, 1)
+    first, second = start.wait()
+    assert second == -signal.SIGKILL
+    assert first not in (0, None)
+    assert re.match(r"rank 1 \(.*\), step \d+, \w+, does not answer any more", failure(tmp_path)["reason"])
+    # The next start clears that away and goes on.
+    assert Start(arguments, tmp_path / "record", 2).wait() == [0, 0]
+    assert not (tmp_path / "runs/tiny/health/failure.json").exists()
+
+
+def test_sigusr1_prints_the_stacks_of_all_ranks(tmp_path: Path, arguments: list[str]) -> None:
+    """Sent to one rank that waits; the run goes on."""
+    start = Start([*arguments, "health.hang_timeout=60"], tmp_path / "record", 2)
+    start.after(25)
+    start.send(signal.SIGUSR1, 1)
+    assert start.wait() == [0, 0]
+    for rank in range(2):
+        text = (tmp_path / f"runs/tiny/health/stack_{rank:05d}.txt").read_text()
+        assert text.startswith(f"rank {rank}, step ")
+        assert 'pretrain.py", line' in text
+    assert "pretrain.py" in said(tmp_path / "record", 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_to_one_rank_stops_all(tmp_path: Path, arguments: list[str], number: int) -> None:
+    """At the same step, saved, with loader processes that get it too; the run then goes on as if never stopped."""
+    arguments = [*arguments, "data.workers=1", "health.hang_timeout=60"]
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert Start([*arguments, "run.name=unbroken"], unbroken, 2).wait() == [0, 0]
+    start = Start(arguments, broken, 2)
+    start.after(23)
+    for child in Path(f"/proc/{start.processes[1].pid}/task/{start.processes[1].pid}/children").read_text().split():
+        os.kill(int(child), number)
+    start.send(number, 1)
+    assert start.wait() == [EXIT_STOPPED] * 2
+    at = len(trained(broken))
+    assert 23 <= at < 120
+    assert len(trained(broken, 1)) == at
+    assert (tmp_path / f"runs/tiny/checkpoints/step_{at:08d}/state.json").exists()
+    assert Start(arguments, broken, 2).wait() == [0, 0]
+    for rank in range(2):
+        assert trained(broken, rank) == trained(unbroken, rank)
+    cfg = load_config(Path(arguments[1]), arguments[2:])
+    assert measured(cfg) == measured(load_config(Path(arguments[1]), [*arguments[2:], "run.name=unbroken"]))
