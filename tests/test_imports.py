@@ -16,7 +16,8 @@ ROWS = [
     {"log", "runs", "models", "data", "optim", "guard"},
     {"engine", "reshape", "depth", "watchdog"},
     {"checkpoint"},
-    {"pretrain", "report", "batches", "benchmark"},
+    {"pretrain", "report", "batches"},
+    {"benchmark"},
 ]
 ONLY_IN = {"deepspeed": {"engine"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 
