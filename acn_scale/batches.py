@@ -28,9 +28,9 @@ def inspect_batch(
     `source` is a run's folder or a config. Raises UserError for one that is neither, and for data that cannot be read.
     """
     cfg = read_config(source) if source.is_dir() else load_config(source, overrides)
-    samples = build_stream(cfg).samples
-    most = min(cfg.train.global_batch_size, -(-most // cfg.data.group) * cfg.data.group)  # pairs stay together
-    first = (step - 1) * cfg.train.global_batch_size
+    stream = build_stream(cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch_size": None})}))
+    samples, size, first = stream.samples, stream.plan.size(step - 1), stream.plan.start(step - 1)
+    most = min(size, -(-most // cfg.data.group) * cfg.data.group)  # pairs stay together
     loaded = [_load(samples, position) for position in range(first, first + most)]
     keys = [key for key, _, _ in loaded]
     batch = samples.decoder.collate([sample for _, sample, _ in loaded], keys)
@@ -50,7 +50,7 @@ def inspect_batch(
             picture.savefig(out, dpi=100)
     except (OSError, ValueError) as error:  # a folder that is closed, a kind of picture that is not known
         raise UserError(f"--out {out}: {error}") from None
-    return f"{_table(samples, loaded, batch)}\n\nstep {step}, {most} of {cfg.train.global_batch_size} samples: {out}"
+    return f"{_table(samples, loaded, batch)}\n\nstep {step}, {most} of {size} samples: {out}"
 
 
 def _load(samples: Samples, position: int) -> tuple[Any, Any, list[Any]]:

@@ -41,10 +41,13 @@ class Checkpoints:
             for unfinished in self.folder.glob(".step_*.tmp"):
                 shutil.rmtree(unfinished, ignore_errors=True)
 
-    def save(self, engine: Any, stream: Stream, step: int, state: dict[str, Any]) -> float:
+    def save(
+        self, engine: Any, stream: Stream, step: int, state: dict[str, Any], parts: dict[str, bytes] | None = None
+    ) -> float:
         """Begin to write step_<step>; return the seconds that training had to wait. Call it between two steps.
 
-        `state` goes to state.json. It waits for the save before, where that is not done yet.
+        `state` goes to state.json, `parts` are further files of this rank, by name. It waits for the save before, where
+        that is not done yet.
         """
         start = time.perf_counter()
         self.finish()
@@ -59,8 +62,13 @@ class Checkpoints:
                 mistakes.append(_failed(path, error))
         if distributed.union(mistakes):
             return time.perf_counter() - start
-        parts = _parts(engine, temporary)
-        state = {"step": step, "stream": stream.state_dict(), "layout": reshape.layout(engine)} | state
+        parts = _parts(engine, temporary) | (parts or {})
+        state = {
+            "step": step,
+            "stream": stream.state_dict(),
+            "layout": reshape.layout(engine),
+            "parameters": reshape.names_in_order(engine),
+        } | state
         self._writer = _Writer(self, path, temporary, parts, state)
         self._writer.start()
         return time.perf_counter() - start
@@ -246,7 +254,7 @@ def load(engine: Any, stream: Stream, path: Path) -> dict[str, Any]:
     if reshape.fits(written, now):
         engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
     else:
-        reshape.load(engine, path, written)
+        reshape.load(engine, path, state)
         if distributed.rank() == 0:
             log.info("reshaped %s from %s to %s", path.name, reshape.describe(written), reshape.describe(now))
     return state

@@ -196,13 +196,19 @@ DataConfig = Annotated[ImageDataConfig | TextDataConfig, Discriminator("kind")]
 
 
 class OptimConfig(Section):
-    """AdamW, without weight decay on biases and norms."""
+    """Without weight decay on biases and norms."""
 
+    name: Literal["adamw", "lamb", "muon"] = Field(
+        "adamw", description="lamb: ZeRO-0 only; muon: for the blocks' matrices, with AdamW for all else"
+    )
     lr: float = Field(gt=0, description="peak learning rate")
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         [0.9, 0.999], min_length=2, max_length=2, description="decay of the two moments"
     )
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="the learning rate of a block as a multiple of that of the block above it"
+    )
     weight_decay: float = Field(0.01, ge=0, description="decoupled: each step shrinks a weight by lr * weight_decay")
     schedule: Literal["cosine", "linear", "wsd"] = Field(
         "cosine", description="after the warm-up; wsd: constant, then a linear decay"
@@ -220,6 +226,17 @@ class TrainConfig(Section):
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of weights and activations in the passes")
     zero_stage: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage")
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="what lies in main memory instead of a GPU's: the optimizer's state (ZeRO 1 to 3), or also "
+        "the parameters (ZeRO-3)",
+    )  # fmt: skip
+    compile: bool = Field(False, description="torch.compile each block (not with ZeRO-3)")
+    batch_ramp: Duration = Field(
+        "0step", description="at first an eighth of the global batch, doubled three times at equal intervals of this"
+    )
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="of a moving average of the weights, kept in checkpoints; 0 keeps none"
+    )
     clip_norm: float = Field(0.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
     log_every: Duration = Field("50step", description="between two lines of training metrics")
 
@@ -272,6 +289,22 @@ class Config(Section):
     health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
+    def _stage_allows(self) -> "Config":
+        stage, train = self.train.zero_stage, self.train
+        if self.optim.name == "lamb" and stage:
+            raise ValueError(
+                "optim.name = lamb: its ratios are of whole layers, which train.zero_stage = 0 alone keeps"
+            )
+        if self.optim.name == "muon" and stage == 0:
+            raise ValueError("optim.name = muon: train.zero_stage must be 1, 2 or 3")
+        lowest = {"none": 0, "optimizer": 1, "parameters": 3}[train.offload]
+        if stage < lowest:
+            raise ValueError(f"train.offload = {train.offload}: train.zero_stage must be {lowest} or more")
+        if train.compile and stage == 3:
+            raise ValueError("train.compile = true: train.zero_stage must be 0, 1 or 2")
+        return self
+
+    @model_validator(mode="after")
     def _data_fit_model(self) -> "Config":
         kind = "text" if self.model.name == "bert" else "images"
         if self.data.kind != kind:
@@ -290,7 +323,13 @@ class Config(Section):
                 f"train.global_batch_size = {total}: must be a multiple of {world_size * group}"
                 f" ({world_size} ranks{', and pairs for Mixup or CutMix' if group > 1 else ''})"
             )
-        share = total // world_size
+        ramp = not self.train.batch_ramp.startswith("0step")
+        if ramp and total % (8 * world_size * group):
+            raise UserError(
+                f"train.global_batch_size = {total}: must be a multiple of {8 * world_size * group}: train.batch_ramp "
+                f"begins with an eighth of it, on {world_size} ranks"
+            )
+        share = total // world_size // (8 if ramp else 1)
         micro = self.train.micro_batch_size or share
         if share % micro or micro % group:
             raise UserError(

@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,20 +13,28 @@ import torch
 from torch import Tensor, nn
 
 from acn_scale import distributed
-from acn_scale.config import Config
+from acn_scale.config import Config, OptimConfig
 from acn_scale.errors import UserError
-from acn_scale.optim import build_optimizer
+from acn_scale.optim import build_optimizer, parameter_groups, part_of
 
 
 def deepspeed_config(cfg: Config, world_size: int) -> dict[str, Any]:
     """Everything DeepSpeed is told. What it would otherwise choose by itself (clipping at 1.0) is written out."""
     micro_batch_size = cfg.micro_batch_size(world_size)
+    zero: dict[str, Any] = {"stage": cfg.train.zero_stage}
+    if cfg.train.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if cfg.train.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
+    if cfg.optim.name == "muon":
+        zero["reduce_scatter"] = False  # it needs whole gradients
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": cfg.train.global_batch_size // (micro_batch_size * world_size),
         "gradient_clipping": cfg.train.clip_norm,
-        "zero_optimization": {"stage": cfg.train.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # it would be compiled when training starts
         "bf16": {"enabled": cfg.train.precision == "bf16"},
         "fp16": {"enabled": cfg.train.precision == "fp16"},
         "steps_per_print": 10**12,
@@ -50,10 +57,25 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says on a CPU that there is no CUDA
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's own calls
     model = model.to(device)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(model, cfg.optim), config=deepspeed_config(cfg, world_size)
-    )
+    if cfg.train.compile:
+        for block in model.trunk.blocks:  # alike, so that one compilation does for all
+            block.compile()
+    optimizer = _muon(model, cfg.optim) if cfg.optim.name == "muon" else build_optimizer(model, cfg.optim)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(cfg, world_size))
     return engine
+
+
+def _muon(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
+    """Muon (Jordan et al. 2024) from DeepSpeed, which knows how to do it under ZeRO; AdamW for what is no matrix."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    groups = parameter_groups(model, cfg)
+    for group in groups:
+        group["lr"] = cfg.lr
+        group |= {} if group["use_muon"] else {"betas": tuple(cfg.betas), "eps": cfg.eps}
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]
+    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW)
 
 
 @dataclass
@@ -74,6 +96,7 @@ def train_step(
     stream: Iterator[dict[str, Tensor]],
     lr: float,
     *,
+    batch_size: int | None = None,
     judge: Callable[[float], str | None] = lambda loss: None,
     stop: bool = False,
     measure_gradients: bool = False,
@@ -81,17 +104,20 @@ def train_step(
 ) -> Step:
     """Take a global batch from the stream and make one update with learning rate `lr`.
 
+    `batch_size`: samples of the global batch, where it is not the one of the step before.
     `judge` says what is wrong with the batch's loss, the same on every rank: the update is then dropped, as it is for
     a gradient that is not finite. `phase` is told where the step is. `stop`: whether this rank was asked to stop.
     """
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
+    engine.set_train_batch_size(batch_size or engine.train_batch_size())
     micro_steps = engine.gradient_accumulation_steps()
     losses = []
     seconds = 0.0
     for micro_step in range(micro_steps):
         phase("data")
         batch = {name: values.to(engine.device, non_blocking=True) for name, values in next(stream).items()}
+        engine.set_gradient_accumulation_boundary(micro_step == micro_steps - 1)  # a ramp would shift its own count
         phase("forward")
         start = time.perf_counter()
         loss = engine(**batch)["loss"]
@@ -145,12 +171,6 @@ def gradient_norms(engine: Any) -> dict[str, float]:
     for name, parameter in engine.module.named_parameters():
         gradient = safe_get_full_grad(parameter)
         if gradient is not None:
-            part = _part(name)
+            part = part_of(name)
             squares[part] = squares.get(part, 0.0) + (gradient.double() / scale).square().sum().item()
     return {"all": sum(squares.values()) ** 0.5} | {part: square**0.5 for part, square in squares.items()}
-
-
-def _part(name: str) -> str:
-    """trunk.blocks.0.norm.weight -> block_01; head.linear.bias -> head."""
-    match = re.match(r"trunk\.(?:blocks|joins)\.(\d+)\.", name)
-    return f"block_{int(match[1]) + 1:02d}" if match else name.split(".")[0]

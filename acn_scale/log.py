@@ -180,18 +180,19 @@ def _whole_lines(path: Path) -> list[str]:
 class Window:
     """What happened since the last line of metrics, without the time of evaluation and saving."""
 
-    def __init__(self, samples_per_step: int, tokens_per_sample: int, device: torch.device) -> None:
-        self.samples_per_step, self.tokens_per_sample, self.device = samples_per_step, tokens_per_sample, device
+    def __init__(self, tokens_per_sample: int, device: torch.device) -> None:
+        self.tokens_per_sample, self.device = tokens_per_sample, device
         self.restart()
 
     def restart(self) -> None:
-        self.start, self.steps, self.skipped, self.waited = time.perf_counter(), 0, 0, 0.0
-        self.own_seconds = 0.0
+        self.start, self.steps, self.samples, self.skipped = time.perf_counter(), 0, 0, 0
+        self.waited = self.own_seconds = 0.0
         self.losses: list[float] = []
 
-    def add(self, loss: float, *, applied: bool, waited: float, own_seconds: float) -> None:
-        """Another step: its loss, whether the update was made, seconds this rank waited for data and worked alone."""
+    def add(self, loss: float, *, samples: int, applied: bool, waited: float, own_seconds: float) -> None:
+        """Another step: loss, global batch, whether it was applied, seconds of waiting for data and of work alone."""
         self.steps += 1
+        self.samples += samples
         self.waited += waited
         self.own_seconds += own_seconds
         if applied:
@@ -221,14 +222,13 @@ class Window:
     def read(self) -> dict[str, float]:
         """Metrics since the last reading; the loss is the mean over the steps with an update. Call it on all ranks."""
         seconds = time.perf_counter() - self.start
-        samples = self.steps * self.samples_per_step
         own = distributed.union([(self.own_seconds / max(1, self.steps), distributed.rank())])
         own.sort()
         metrics = {"train/loss": statistics.fmean(self.losses)} if self.losses else {}
         metrics |= {
             "train/skipped_steps": self.skipped,
-            "speed/samples_per_second": samples / seconds,
-            "speed/tokens_per_second": samples * self.tokens_per_sample / seconds,
+            "speed/samples_per_second": self.samples / seconds,
+            "speed/tokens_per_second": self.samples * self.tokens_per_sample / seconds,
             "speed/data_wait_fraction": self.waited / seconds,
             "speed/rank_seconds_median": own[len(own) // 2][0],
             "speed/rank_seconds_slowest": own[-1][0],

@@ -1,6 +1,7 @@
 """Parameter groups, the optimizer, and learning rates as a pure function of the step."""
 
 import math
+import re
 
 import torch
 from torch import nn
@@ -9,28 +10,40 @@ from acn_scale.config import OptimConfig
 from acn_scale.durations import Horizon
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices get weight decay; biases, norms and other vectors get none."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if len(shape(parameter)) >= 2]
-    vectors = [parameter for parameter in parameters if len(shape(parameter)) < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def part_of(name: str) -> str:
+    """trunk.blocks.0.norm.weight -> block_01; head.linear.bias -> head. A join counts to the block below it."""
+    match = re.match(r"trunk\.(?:blocks|joins)\.(\d+)\.", name)
+    return f"block_{int(match[1]) + 1:02d}" if match else name.split(".")[0]
 
 
-def shape(parameter: nn.Parameter) -> torch.Size:
-    """Also of one that ZeRO-3 has taken apart."""
-    return getattr(parameter, "ds_shape", parameter.shape)
+def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
+    """Matrices get weight decay; biases, norms and other vectors get none. `lr_scale` multiplies the learning rate.
 
-
-def names_in_order(model: nn.Module) -> list[str]:
-    """The parameters' names in the order in which the optimizer numbers them."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return [names[parameter] for group in parameter_groups(model, 0.0) for parameter in group["params"]]
+    With cfg.layer_decay = d, a block's rate is d times that of the block above it, and so on from the head down to the
+    embedding (Clark et al. 2020, app. A; Bao et al. 2022). With Muon, the blocks' matrices are groups of their own.
+    """
+    depth = len(model.trunk.blocks)
+    groups: dict[tuple, dict] = {}
+    for name, parameter in model.named_parameters():
+        part, matrix = part_of(name), parameter.ndim >= 2
+        level = int(part[6:]) if part.startswith("block_") else 0 if part == "embed" else depth + 1
+        muon = cfg.name == "muon" and matrix and part.startswith("block_")
+        decay = cfg.weight_decay if matrix else 0.0
+        scale = cfg.layer_decay ** (depth + 1 - level)
+        group = groups.setdefault((not muon, not matrix, scale), {"params": [], "weight_decay": decay})
+        group["params"].append(parameter)
+        group |= {"lr_scale": scale} | ({"use_muon": muon} if cfg.name == "muon" else {})
+    return [groups[key] for key in sorted(groups)]
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) from PyTorch: nothing is compiled when training starts."""
-    return torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps)
+    """AdamW (Loshchilov & Hutter 2019) from PyTorch, or LAMB (You et al. 2020) from timm: neither is compiled."""
+    groups, options = parameter_groups(model, cfg), {"lr": cfg.lr, "betas": tuple(cfg.betas), "eps": cfg.eps}
+    if cfg.name == "lamb":
+        from timm.optim import Lamb  # here: it takes a second
+
+        return Lamb(groups, **options, max_grad_norm=None)
+    return torch.optim.AdamW(groups, **options)
 
 
 def learning_rate(cfg: OptimConfig, horizon: Horizon, step: int) -> float:

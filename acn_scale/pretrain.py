@@ -19,6 +19,7 @@ from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.stream import Evaluation, Stream
 from acn_scale.depth import cutoff, depth_figure, evaluate, tokens_per_sample
 from acn_scale.durations import Duration, Horizon
+from acn_scale.ema import WeightAverage
 from acn_scale.engine import Step, build_engine, train_step
 from acn_scale.errors import RunFailed
 from acn_scale.guard import Guard
@@ -84,10 +85,11 @@ class Trainer:
         self.engine = build_engine(model, cfg, device, distributed.world_size())
         keep_every = cfg.checkpoint.keep_every and horizon.count(cfg.checkpoint.keep_every)
         self.checkpoints = Checkpoints(folder, keep=cfg.checkpoint.keep, keep_every=keep_every)
+        self.average = WeightAverage(self.engine, cfg.train.ema_decay) if cfg.train.ema_decay else None
         self.guard = Guard(cfg.health)
         self.stall = 0.0  # seconds that the last checkpoint held training up
         self.restarts = restarts(folder)
-        self.window = Window(cfg.train.global_batch_size, tokens_per_sample(cfg.model), device)
+        self.window = Window(tokens_per_sample(cfg.model), device)
 
     def run(self) -> bool:
         """All steps that are left; False where a signal stopped it before the end."""
@@ -135,18 +137,23 @@ class Trainer:
             self.stream.pass_over()
             self.window.passed_over()
             return Step(stop=distributed.sum_on_cpu([self.signals.received is not None])[0] > 0)
-        waited = self.stream.waited
+        waited, samples = self.stream.waited, self.stream.plan.size(step - 1)
         result = train_step(
             self.engine,
             self.stream,
             learning_rate(self.cfg.optim, self.horizon, step - 1),
+            batch_size=samples,
             judge=self.guard.fault,
             stop=self.signals.received is not None,
             measure_gradients=self.due(self.cfg.train.log_every, step),
             phase=partial(self.watchdog.beat, step),
         )
         waited = self.stream.waited - waited
-        self.window.add(result.loss, applied=result.applied, waited=waited, own_seconds=waited + result.seconds)
+        if self.average and result.applied:
+            self.average.update()
+        self.window.add(
+            result.loss, samples=samples, applied=result.applied, waited=waited, own_seconds=waited + result.seconds
+        )
         if result.fault:
             self.note_bad(step, result)
         else:
@@ -191,6 +198,8 @@ class Trainer:
             return 0
         self.watchdog.beat(0, "reshape")  # which may take as long as it needs
         state = checkpoint.load(self.engine, self.stream, path)
+        if self.average:
+            self.average.load(path)
         self.guard.load_state_dict(state["guard"], keep_bad_steps=keep_bad_steps)
         self.window.load_state_dict(state["window"])
         log.info("resumed at step %d from %s", state["step"], path)
@@ -201,7 +210,8 @@ class Trainer:
         self.watchdog.beat(step, "checkpoint")
         self.metrics.flush()
         state = {"guard": self.guard.state_dict(), "window": self.window.state_dict()}
-        self.stall = self.checkpoints.save(self.engine, self.stream, step, state)
+        parts = self.average.parts() if self.average else None
+        self.stall = self.checkpoints.save(self.engine, self.stream, step, state, parts)
 
     def log(self, step: int, result: Step) -> None:
         """A line of training metrics."""

@@ -13,7 +13,6 @@ import torch
 
 from acn_scale import distributed
 from acn_scale.errors import SharedError
-from acn_scale.optim import names_in_order, shape
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +37,19 @@ def fits(written: dict[str, Any], now: dict[str, Any]) -> bool:
     return written == now or (written["zero_stage"] == 0 and written | {"ranks": now["ranks"]} == now)
 
 
-def load(engine: Any, path: Path, written: dict[str, Any]) -> None:
+def names_in_order(engine: Any) -> list[str]:
+    """The parameters' names as the optimizer numbers them, where it is one of plain PyTorch."""
+    if engine.zero_optimization_stage():
+        return []
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    groups = engine.optimizer.param_groups
+    return [names.get(id(parameter), "") for group in groups for parameter in group["params"]]
+
+
+def load(engine: Any, path: Path, state: dict[str, Any]) -> None:
     """Load what another layout wrote. The universal form is made once, by rank 0, and kept in the checkpoint."""
     universal = path / FOLDER
+    written = state["layout"]
     mistakes = []
     stages = written["zero_stage"], engine.zero_optimization_stage()
     if 0 in stages and written["precision"] != "fp32":
@@ -53,10 +62,11 @@ def load(engine: Any, path: Path, written: dict[str, Any]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             if written["zero_stage"] == 0:
-                _spread(path, temporary, names_in_order(engine.module))
+                _spread(path, temporary, state["parameters"])
             else:
                 _convert(path, temporary)
-            _complete(temporary, {name: shape(each) for name, each in engine.module.named_parameters()})
+            shapes = {name: getattr(each, "ds_shape", each.shape) for name, each in engine.module.named_parameters()}
+            _complete(temporary, shapes)
             temporary.rename(universal)
         except (OSError, RuntimeError) as error:
             mistakes.append(f"{path}: could not be brought from {describe(written)} to this run's: {error}")

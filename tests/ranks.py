@@ -39,7 +39,7 @@ class Ranks:
             pipe.send((function, args))
         answers, patience = [], PATIENCE
         for pipe in self.pipes:
-            answers.append(pipe.recv() if pipe.poll(patience) else (False, "no answer"))
+            answers.append(_answer(pipe, patience))
             patience = patience if answers[-1][0] else GRACE
         failures = [f"rank {rank}: {answer}" for rank, (ok, answer) in enumerate(answers) if not ok]
         if failures:
@@ -59,6 +59,13 @@ class Ranks:
         for process in self.processes:
             process.join(timeout=GRACE)
         self._kill()
+
+
+def _answer(pipe: Connection, patience: float) -> tuple[bool, Any]:
+    try:
+        return pipe.recv() if pipe.poll(patience) else (False, "no answer")
+    except EOFError:
+        return False, "the process has ended"
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:

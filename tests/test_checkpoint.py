@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -70,7 +69,7 @@ def test_nothing_undamaged_is_a_start_from_the_beginning(one_rank: Callable, vit
     assert "resumed" not in (run_folder(cfg) / "train.log").read_text()
 
 
-PAIRS = [((2, a), (1, b)) for a, b in product(range(4), repeat=2)]
+PAIRS = [((2, a), (1, b)) for a, b in ((0, 0), (0, 3), (1, 3), (2, 1), (3, 0), (3, 2))]
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda pair: f"{pair[0]} ranks ZeRO-{pair[1]}")

@@ -77,7 +77,7 @@ class Poisoned:
         self.take = take = Stream.__next__
 
         def poisoned(stream: Stream) -> dict[str, torch.Tensor]:
-            step = stream.taken // stream.plan.micro_steps + 1
+            step = stream.plan.place(stream.taken)[0] + 1
             batch = take(stream)
             if stream.plan.rank == self.rank and step in self.steps:
                 batch |= self.poison(batch)

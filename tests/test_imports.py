@@ -15,11 +15,11 @@ ROWS = [
     {"cli", "distributed"},
     {"log", "runs", "models", "data", "optim", "guard"},
     {"engine", "reshape", "depth", "watchdog"},
-    {"checkpoint"},
+    {"checkpoint", "ema"},
     {"pretrain", "report", "batches"},
     {"benchmark"},
 ]
-ONLY_IN = {"deepspeed": {"engine"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
+ONLY_IN = {"deepspeed": {"engine", "ema"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 
 
 def imports(path: Path) -> set[str]:

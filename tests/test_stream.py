@@ -119,9 +119,9 @@ def relay(start: Callable[[Leg, int], Stream], legs: Iterable[Leg]) -> list[Batc
 
 def global_batch(streams: list[Stream]) -> Batch:
     """All ranks' samples of a step, in the order of positions."""
-    step = streams[0].taken // streams[0].plan.micro_steps
+    step = streams[0].plan.place(streams[0].taken)[0]
     places = np.concatenate([stream.plan.positions(step).flatten() for stream in streams])
-    parts = [next(stream) for stream in streams for _ in range(stream.plan.micro_steps)]
+    parts = [next(stream) for stream in streams for _ in range(stream.plan.micro_steps(step))]
     return {name: torch.cat([part[name] for part in parts])[places.argsort()] for name in parts[0]}
 
 

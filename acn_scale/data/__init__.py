@@ -9,6 +9,7 @@ from acn_scale.data.samples import Decoder, Samples
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.stream import BatchPlan, DeviceCopies, Evaluation, Share, Stream, alone
 from acn_scale.data.text import TextDecoder
+from acn_scale.durations import Horizon
 from acn_scale.errors import UserError
 
 
@@ -31,7 +32,9 @@ def build_stream(
     decoder = _decoder(cfg, index, index, training=True)
     samples = _probed(Samples(index, decoder, cfg.data, seed=cfg.run.seed, order=order))
     micro_batch_size = cfg.micro_batch_size(world_size)
-    plan = BatchPlan(cfg.train.global_batch_size, micro_batch_size, rank, world_size, cfg.data.group)
+    horizon = Horizon.of(cfg.train.length, index.num_samples, cfg.train.global_batch_size)
+    ramp = horizon.count(cfg.train.batch_ramp)
+    plan = BatchPlan(cfg.train.global_batch_size, micro_batch_size, rank, world_size, cfg.data.group, ramp)
     copies = DeviceCopies(device) if device is not None and device.type == "cuda" else None
     return Stream(samples, cfg.data, plan, share, copies)
 

@@ -96,28 +96,59 @@ class BadSamples:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which positions make up the micro batches of a rank. `group` neighbours stay together on one rank."""
+    """Which positions make up the micro batches of a rank. `group` neighbours stay together on one rank.
+
+    With a `ramp` of some steps, the first global batches are an eighth of the others, and double three times.
+    """
 
     global_batch_size: int
     micro_batch_size: int
     rank: int
     world_size: int
     group: int
+    ramp: int = 0
 
-    @property
-    def micro_steps(self) -> int:
-        """Micro batches to one optimizer step."""
-        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+    def _stages(self) -> list[tuple[int, int]]:
+        """(first step, size of the global batch) of each part of the ramp, and of what follows it."""
+        if not self.ramp:
+            return [(0, self.global_batch_size)]
+        return [(self.ramp * part // 3, self.global_batch_size * 2**part // 8) for part in range(4)]
+
+    def size(self, step: int) -> int:
+        """Samples of a global batch."""
+        return next(size for first, size in reversed(self._stages()) if step >= first)
+
+    def start(self, step: int) -> int:
+        """Samples before a step: the position of its first one."""
+        stages = self._stages()
+        ends = [first for first, _ in stages[1:]] + [step]
+        return sum(max(0, min(step, end) - first) * size for (first, size), end in zip(stages, ends, strict=True))
+
+    def step_at(self, position: int) -> int:
+        """The step that a position belongs to."""
+        for first, size in reversed(self._stages()):
+            if position >= self.start(first):
+                return first + (position - self.start(first)) // size
+        raise ValueError(f"position {position}: must not be negative")
+
+    def micro_steps(self, step: int) -> int:
+        """Micro batches to an optimizer step."""
+        return self.size(step) // (self.micro_batch_size * self.world_size)
 
     def positions(self, step: int) -> np.ndarray:
         """This rank's part of a global batch, every world_size-th group: (micro_steps, micro_batch_size)."""
-        positions = np.arange(self.global_batch_size).reshape(-1, self.world_size, self.group)
-        mine = positions[:, self.rank].reshape(self.micro_steps, self.micro_batch_size)
-        return step * self.global_batch_size + mine
+        positions = np.arange(self.size(step)).reshape(-1, self.world_size, self.group)
+        return self.start(step) + positions[:, self.rank].reshape(self.micro_steps(step), self.micro_batch_size)
+
+    def place(self, taken: int) -> tuple[int, int]:
+        """The step of the micro batch after the first `taken` ones, and which of the step's it is."""
+        position = taken * self.micro_batch_size * self.world_size
+        step = self.step_at(position)
+        return step, (position - self.start(step)) // (self.micro_batch_size * self.world_size)
 
     def batches(self, taken: int) -> Iterator[list[int]]:
         """The positions of each micro batch after the first `taken` ones, without end."""
-        step, first = divmod(taken, self.micro_steps)
+        step, first = self.place(taken)
         while True:
             for positions in self.positions(step)[first:]:
                 yield positions.tolist()
@@ -127,7 +158,7 @@ class BatchPlan:
 class Stream:
     """An endless iterator of this rank's micro batches. Its order depends on the seed alone.
 
-    Step t of the run is the global batch of positions t * global_batch_size onwards, whatever the number of ranks,
+    Step t of the run is the global batch of the same positions, one after another, whatever the number of ranks,
     loader workers and restarts. A batch may cross the end of an epoch; no sample is dropped or repeated there.
 
     Taking a batch is collective over the ranks, through `share`: what one of them cannot read, all of them hear of.
@@ -156,8 +187,9 @@ class Stream:
         start = time.perf_counter()
         if self._batches is None:
             self._batches = iter(_loader(self.samples, self.plan.batches(self.taken), self.cfg.workers))
-        if self.taken % self.plan.micro_steps == 0:
-            self._prefetch(self.taken // self.plan.micro_steps)
+        step, micro_step = self.plan.place(self.taken)
+        if micro_step == 0:
+            self._prefetch(step)
         loaded = self._load() if self._ahead is None else self._ahead
         if self.copies and loaded.batch is not None:
             self.copies.finish(loaded.batch)
@@ -175,7 +207,7 @@ class Stream:
 
     def pass_over(self) -> None:
         """Leave out a whole global batch."""
-        for _ in range(self.plan.micro_steps):
+        for _ in range(self.plan.micro_steps(self.plan.place(self.taken)[0])):
             next(self)
 
     def samples_of(self, step: int) -> list[int]:
