@@ -55,14 +55,35 @@ def cost(cfg: ModelConfig, depth: int) -> Cost:
         model = build_model(cfg)
         model.trunk.truncate(depth)
         model.eval()
-        if isinstance(cfg, BertConfig):
-            tokens = torch.zeros(1, cfg.max_tokens, dtype=torch.long)
-            batch = {"tokens": tokens} if cfg.num_classes else {"tokens": tokens, "masked": tokens[:, :1]}
-        else:
-            batch = {"images": torch.zeros(1, cfg.channels, cfg.image_size, cfg.image_size)}
+        batch = batch_of(cfg, 1, mask_ratio=0.0)
+        del batch["labels"]
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(**batch)
     return Cost(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops())
+
+
+def batch_of(model: ModelConfig, samples: int, mask_ratio: float) -> dict[str, torch.Tensor]:
+    """A batch without values, as the model is trained on it. Call it under torch.device("meta")."""
+    if isinstance(model, BertConfig):
+        tokens = torch.zeros(samples, model.max_tokens, dtype=torch.long)
+        if model.num_classes:
+            return {"tokens": tokens, "labels": torch.zeros(samples, dtype=torch.long)}
+        masked = torch.zeros(samples, max(1, round(mask_ratio * model.max_tokens)), dtype=torch.long)
+        return {"tokens": tokens, "masked": masked, "labels": masked.clone()}
+    images = torch.zeros(samples, model.channels, model.image_size, model.image_size)
+    return {"images": images, "labels": torch.zeros(samples, dtype=torch.long)}
+
+
+def step_flops(model: ModelConfig, mask_ratio: float = 0.15) -> int:
+    """Operations of a forward and a backward pass of one sample, a multiply-add counted as two.
+
+    What recomputing adds is left out: it is not work on the model.
+    """
+    with torch.device("meta"):
+        network = build_model(model.model_copy(update={"recompute": False}))
+        with FlopCounterMode(display=False) as counter:
+            network(**batch_of(model, 2, mask_ratio))["loss"].backward()
+    return counter.get_total_flops() // 2
 
 
 def tokens_per_sample(cfg: ModelConfig) -> int:

@@ -17,12 +17,13 @@ from acn_scale.cli import config_from_args, exit_on_user_error
 from acn_scale.config import Config
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.stream import Evaluation, Stream
-from acn_scale.depth import cutoff, depth_figure, evaluate, tokens_per_sample
+from acn_scale.depth import cutoff, depth_figure, evaluate, step_flops, tokens_per_sample
 from acn_scale.durations import Duration, Horizon
 from acn_scale.ema import WeightAverage
 from acn_scale.engine import Step, build_engine, train_step
 from acn_scale.errors import RunFailed
 from acn_scale.guard import Guard
+from acn_scale.hardware import peak_rate
 from acn_scale.log import Metrics, Window, setup_logging
 from acn_scale.models import build_model
 from acn_scale.optim import learning_rate
@@ -89,6 +90,9 @@ class Trainer:
         self.guard = Guard(cfg.health)
         self.stall = 0.0  # seconds that the last checkpoint held training up
         self.restarts = restarts(folder)
+        # Model FLOPs utilization (Chowdhery et al. 2022, app. B): what recomputing adds does not count.
+        self.peak_rate = peak_rate(device, cfg.train.precision)
+        self.flops_per_sample = step_flops(cfg.model, getattr(cfg.data, "mask_ratio", 0.0)) if self.peak_rate else 0
         self.window = Window(tokens_per_sample(cfg.model), device)
 
     def run(self) -> bool:
@@ -218,6 +222,9 @@ class Trainer:
         values = self.window.read() | {"train/lr": learning_rate(self.cfg.optim, self.horizon, step - 1)}
         values |= {"data/bad_samples": len(self.stream.bad.known), "speed/checkpoint_stall": self.stall}
         values |= {"speed/restarts": self.restarts}
+        if self.peak_rate:
+            rate = values["speed/samples_per_second"] * self.flops_per_sample / distributed.world_size()
+            values["speed/mfu"] = rate / self.peak_rate
         if result.gradient_norms is not None:
             norms = dict(result.gradient_norms)
             values |= {"train/grad_norm": norms.pop("all")}

@@ -10,14 +10,14 @@ PACKAGE = ROOT / "acn_scale"
 # A module may import from rows above its own, and from its own row within one package.
 ROWS = [
     {"errors"},
-    {"durations", "files", "stopping"},
+    {"durations", "files", "stopping", "hardware"},
     {"config"},
     {"cli", "distributed"},
     {"log", "runs", "models", "data", "optim", "guard"},
     {"engine", "reshape", "depth", "watchdog"},
     {"checkpoint", "ema"},
     {"pretrain", "report", "batches"},
-    {"benchmark"},
+    {"benchmark", "plan"},
 ]
 ONLY_IN = {"deepspeed": {"engine", "ema"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 
