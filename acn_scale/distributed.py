@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from acn_scale.errors import SharedError, UserError
 
+MEETING = timedelta(minutes=15)  # in which all ranks must have started
 PATIENCE = timedelta(hours=6)  # of a collective: a rank that hangs is the watchdog's to find, long before
 waits = False  # whether this rank waits for the others: which of those that stand still is to blame
 _control: dist.ProcessGroup | None = None  # for what ranks say to each other from the CPU
@@ -28,12 +29,15 @@ def process_group() -> Iterator[torch.device]:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=MEETING))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     global _control
     _control = dist.new_group(backend="gloo", timeout=PATIENCE) if device.type == "cuda" else dist.group.WORLD
     try:
         yield device
     finally:
+        _control = None  # a group that something still holds is not left: its threads would abort the process's end
         dist.destroy_process_group()
 
 

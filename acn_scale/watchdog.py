@@ -42,17 +42,20 @@ class Watchdog:
         self.step, self.phase = 0, "setup"
         self.progress = time.monotonic()
         self._beats = 0
+        self._failing = False  # this rank ends by itself, with an exception
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
         self._stacks_seen = self._stacks_asked()
+        self._beat()
         self._listen_for_usr1()
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(error, Exception):
+            self._failing = True
             self._blame(error)
         else:
             self.beat(self.step, "end")
@@ -81,7 +84,7 @@ class Watchdog:
             self._beat()
             self._print_stacks_when_asked()
             failure = _read(self.folder / FAILURE)
-            if failure is not None and not self._over.is_set():
+            if failure is not None and not self._over.is_set() and not self._failing:
                 log.error("rank %d ends at step %d, %s: %s", self.rank, self.step, self.phase, failure["reason"])
                 self._end()
             stuck = time.monotonic() - self.progress > self.timeout and self.phase != "reshape"
@@ -102,7 +105,9 @@ class Watchdog:
 
     def _name_who_hangs(self) -> None:
         before = _heartbeats(self.folder)
-        time.sleep(3 * TICK)
+        for _ in range(3):
+            time.sleep(TICK)
+            self._beat()
         now = _heartbeats(self.folder)
         if time.monotonic() - self.progress <= self.timeout:
             return

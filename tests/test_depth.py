@@ -51,7 +51,7 @@ def test_learning_rates(schedule: str) -> None:
 def test_no_weight_decay_on_vectors() -> None:
     shape = {"depth": 2, "dim": 8, "image_size": 4, "patch_size": 2, "num_classes": 3, "token_dim": 4, "channel_dim": 4}
     model = build_model(MixerConfig(name="mixer", connectivity="denseformer", **shape))
-    decayed, others = parameter_groups(model, 0.3)
+    decayed, others = parameter_groups(model, OptimConfig(lr=1e-3, weight_decay=0.3))
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
     assert all(parameter.ndim >= 2 for parameter in decayed["params"])
     assert all(parameter.ndim < 2 for parameter in others["params"])

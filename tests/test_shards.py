@@ -1,5 +1,6 @@
 """Shards as they are and as they should not be: what is read, what is refused, what is replaced."""
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +83,8 @@ def test_bad_samples_name_their_shard_and_key(
 
 
 def take(stream: Stream, batches: int) -> list[dict[str, torch.Tensor]]:
-    return [next(stream) for _ in range(batches)]
+    with contextlib.closing(stream):
+        return [next(stream) for _ in range(batches)]
 
 
 def cut(path: Path) -> None:

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import context, popen_fork
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,27 @@ def _loader(samples: Samples, batches: Any, workers: int) -> DataLoader:
         samples,
         batch_sampler=batches,
         num_workers=workers,
-        multiprocessing_context="fork" if workers else None,  # nothing is sent over: open shards are not to be pickled
+        multiprocessing_context=_LoaderContext() if workers else None,
         worker_init_fn=ignore_stop_signals,
         collate_fn=_as_is,
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
+
+
+class _KilledPopen(popen_fork.Popen):
+    def terminate(self) -> None:
+        self.kill()  # it ignores SIGTERM, and whoever sends that as a last resort would wait for it without end
+
+
+class _LoaderProcess(context.ForkProcess):
+    _Popen = staticmethod(_KilledPopen)
+
+
+class _LoaderContext(context.ForkContext):
+    """Forks, since open shards are not to be pickled."""
+
+    Process = _LoaderProcess
 
 
 def ignore_stop_signals(_: int) -> None:
@@ -195,7 +211,11 @@ class Stream:
             self.copies.finish(loaded.batch)
             self._ahead = self._load()
         self.waited += time.perf_counter() - start
-        self.bad.note(loaded)
+        try:
+            self.bad.note(loaded)
+        except SharedError:
+            self.close()  # the error's traceback would keep the loader processes
+            raise
         self.taken += 1
         return loaded.batch
 
@@ -277,9 +297,13 @@ class Evaluation:
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
         """(batch, which of its samples count (batch,) bool)."""
-        loader = _loader(self.samples, self.positions, self.cfg.workers)
-        for loaded, counts in zip(loader, self.counts, strict=True):
-            self.bad.note(loaded)
-            counts = counts.clone()
-            counts[loaded.stand_ins] = False
-            yield loaded.batch, counts
+        batches = iter(_loader(self.samples, self.positions, self.cfg.workers))
+        try:
+            for counts in self.counts:
+                loaded = next(batches)
+                self.bad.note(loaded)
+                counts = counts.clone()
+                counts[loaded.stand_ins] = False
+                yield loaded.batch, counts
+        finally:
+            del batches  # and with it the loader processes, which an error's traceback would keep
