@@ -178,6 +178,7 @@ class ImageDataConfig(StreamConfig):
     std: list[PositiveFloat] | None = Field(
         None, description="per channel, of pixels in 0..1; default: from index.json"
     )
+    mask_ratio: ClassVar[float] = 0.0
 
     @property
     def group(self) -> int:
@@ -276,6 +277,22 @@ class HealthConfig(Section):
     )
 
 
+class ProfileConfig(Section):
+    """A look at single steps."""
+
+    steps: list[Annotated[int, Field(ge=1)]] = Field(
+        [],
+        max_length=2,
+        description="first and last step to write a trace of, for Perfetto, into <run>/profile",
+    )
+
+    @model_validator(mode="after")
+    def _first_and_last(self) -> "ProfileConfig":
+        if self.steps and (len(self.steps) == 1 or self.steps[0] > self.steps[1]):
+            raise ValueError(f"steps = {self.steps}: must be the first step and the last, or none")
+        return self
+
+
 class Config(Section):
     """A whole run."""
 
@@ -287,6 +304,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
     def _stage_allows(self) -> "Config":

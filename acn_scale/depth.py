@@ -74,7 +74,7 @@ def batch_of(model: ModelConfig, samples: int, mask_ratio: float) -> dict[str, t
     return {"images": images, "labels": torch.zeros(samples, dtype=torch.long)}
 
 
-def step_flops(model: ModelConfig, mask_ratio: float = 0.15) -> int:
+def step_flops(model: ModelConfig, mask_ratio: float) -> int:
     """Operations of a forward and a backward pass of one sample, a multiply-add counted as two.
 
     What recomputing adds is left out: it is not work on the model.

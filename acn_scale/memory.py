@@ -30,11 +30,11 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    working: float  # what comes and goes: activations and their gradients, buffers, temporaries of the update
+    activations: float  # with all else that comes and goes: buffers, and temporaries of the update
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.working
+        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 def memory(cfg: Config, *, stage: int, gpus: int, micro_batch_size: int, recompute: bool) -> Memory:
@@ -53,7 +53,7 @@ def memory(cfg: Config, *, stage: int, gpus: int, micro_batch_size: int, recompu
     master = 4 * count if half or stage else 0
     optimizer = (master + 8 * count) * (share if stage else 1) + (4 * count * share if cfg.train.ema_decay else 0)
     # The passes, to which ZeRO-3 brings whole weights. Whole gradients wait to be summed: all of them up to ZeRO-1.
-    passes, bucket = trace(model, width), min(count, BUCKET) * width
+    passes, bucket = trace(model, width, cfg.data.mask_ratio), min(count, BUCKET) * width
     waiting = bucket if stage >= 2 else count * width
     if stage < 2 and accumulates:
         fullest = passes.peak(micro_batch_size) + waiting
@@ -74,8 +74,7 @@ def memory(cfg: Config, *, stage: int, gpus: int, micro_batch_size: int, recompu
         optimizer, update = 0.0, gradients
     if cfg.train.offload == "parameters":
         weights = 0.0
-    working = max(fullest, summing, update) - gradients
-    return Memory(weights, gradients, optimizer, working)
+    return Memory(weights, gradients, optimizer, max(fullest, summing, update) - gradients)
 
 
 @lru_cache
@@ -109,7 +108,7 @@ class Trace:
 
 
 @lru_cache
-def trace(model: ModelConfig, width: int, mask_ratio: float = 0.15) -> Trace:
+def trace(model: ModelConfig, width: int, mask_ratio: float) -> Trace:
     """`width`: bytes of a number in the passes, 4 or 2. What grows with the batch is told apart by two batches."""
     (few, gradients, forward), (many, *_) = (_alive(model, width, samples, mask_ratio) for samples in (2, 4))
     slope = (many - few) / 2

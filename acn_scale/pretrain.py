@@ -27,6 +27,7 @@ from acn_scale.hardware import peak_rate
 from acn_scale.log import Metrics, Window, setup_logging
 from acn_scale.models import build_model
 from acn_scale.optim import learning_rate
+from acn_scale.profiling import Profiler
 from acn_scale.runs import append_bad_step, check_run_folder, open_run_folder, restarts
 from acn_scale.stopping import EXIT_STOPPED, StopSignals
 from acn_scale.watchdog import Watchdog
@@ -92,7 +93,7 @@ class Trainer:
         self.restarts = restarts(folder)
         # Model FLOPs utilization (Chowdhery et al. 2022, app. B): what recomputing adds does not count.
         self.peak_rate = peak_rate(device, cfg.train.precision)
-        self.flops_per_sample = step_flops(cfg.model, getattr(cfg.data, "mask_ratio", 0.0)) if self.peak_rate else 0
+        self.flops_per_sample = step_flops(cfg.model, cfg.data.mask_ratio) if self.peak_rate else 0
         self.window = Window(tokens_per_sample(cfg.model), device)
 
     def run(self) -> bool:
@@ -103,10 +104,13 @@ class Trainer:
             Metrics(self.folder, step=step, rank=self.rank) as self.metrics,
             progress_bar(self.cfg, step, self.horizon) as self.progress,
             contextlib.closing(self.checkpoints),
+            Profiler(self.cfg.profile, self.folder, self.rank) as self.profiler,
         ):
             while step < self.horizon.steps and not stop:
                 step += 1
+                self.profiler.begin(step)
                 result = self.take(step)
+                self.profiler.end(step)
                 stop = result.stop
                 if result.fault and self.cfg.health.on_bad_step == "rollback":
                     start = self.roll_back(step)
@@ -150,7 +154,7 @@ class Trainer:
             judge=self.guard.fault,
             stop=self.signals.received is not None,
             measure_gradients=self.due(self.cfg.train.log_every, step),
-            phase=partial(self.watchdog.beat, step),
+            phase=partial(self.enter, step),
         )
         waited = self.stream.waited - waited
         if self.average and result.applied:
@@ -163,6 +167,11 @@ class Trainer:
         else:
             self.guard.good(result.loss, applied=result.applied)
         return result
+
+    def enter(self, step: int, phase: str) -> None:
+        """Say where the step is, to who watches it."""
+        self.watchdog.beat(step, phase)
+        self.profiler.phase(phase)
 
     def note_bad(self, step: int, result: Step) -> None:
         """Log a bad step with the samples that may have caused it, and count it."""

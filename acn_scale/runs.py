@@ -26,7 +26,7 @@ def run_folder(cfg: Config) -> Path:
 
 # Keys that may change between two starts: what the run computes does not depend on them but by rounding.
 FREE = ("train.zero_stage", "train.micro_batch_size", "data.workers", "data.verify_checksums", "data.max_bad_samples",
-        "data.remote.", "eval.batch_size", "checkpoint.", "health.")  # fmt: skip
+        "data.remote.", "eval.batch_size", "checkpoint.", "health.", "profile.")  # fmt: skip
 
 
 COMMIT = "COMMIT"  # beside the package in a snapshot: what it is a snapshot of

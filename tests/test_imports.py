@@ -13,9 +13,9 @@ ROWS = [
     {"durations", "files", "stopping", "hardware"},
     {"config"},
     {"cli", "distributed"},
-    {"log", "runs", "models", "data", "optim", "guard"},
+    {"log", "runs", "models", "data", "optim", "guard", "profiling"},
     {"engine", "reshape", "depth", "watchdog"},
-    {"checkpoint", "ema"},
+    {"checkpoint", "ema", "memory"},
     {"pretrain", "report", "batches"},
     {"benchmark", "plan"},
 ]

@@ -1,5 +1,6 @@
 """Whole runs on real ranks: what they leave behind, and that stopping changes nothing."""
 
+import gzip
 import json
 import os
 import random
@@ -113,6 +114,19 @@ def test_run_folder(one_rank: Callable, vit: Callable[..., Config]) -> None:
     assert len(shown) == len(written)
     assert dict(shown) == pytest.approx(written, rel=1e-6)
     assert board.Tags()["images"] == ["depth/curve"]
+
+
+def test_profile(two_ranks: Callable, vit: Callable[..., Config]) -> None:
+    """A trace of each rank, of the steps asked for and what they are at, also where a run goes on to them."""
+    cfg = vit(train={"length": "8step", "micro_batch_size": 4})
+    two_ranks(run_until, cfg, 7)
+    two_ranks(run, vit(train={"length": "8step", "micro_batch_size": 4}, profile={"steps": [6, 7]}))
+    for rank in range(2):
+        path = run_folder(cfg) / f"profile/steps_00000006_00000007_rank_{rank:05d}.json.gz"
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+        assert [names.count(phase) for phase in ("data", "forward", "exchange", "update")] == [4, 4, 2, 2]
+        assert any(event["name"] == "aten::linear" for event in events)
 
 
 def test_finished_run_stays_as_it_is(one_rank: Callable, vit: Callable[..., Config]) -> None:

@@ -7,7 +7,7 @@ days and GPU hours, for the GPUs at hand and from 1 to 4,096 of them.
 import argparse
 from pathlib import Path
 
-from acn_scale.cli import exit_on_user_error, load_config, positive
+from acn_scale.cli import exit_on_user_error, load_config, positive, share
 from acn_scale.hardware import DEVICES
 
 
@@ -19,18 +19,19 @@ def main() -> None:
     add("--nodes", type=positive, default=1, help="machines (default: 1)")
     add("--gpus-per-node", type=positive, default=8, help="GPUs of each (default: 8)")
     add("--gpu", choices=DEVICES, default="h100-80gb", help="(default: h100-80gb)")
-    add("--mfu", type=float, default=0.4, help="share of the peak rate that the model reaches (default: 0.4)")
-    add("--link", type=float, default=25.0, metavar="GB/S", help="what each GPU sends in 1e9 bytes a second "
+    add("--mfu", type=share, default=0.4, help="share of the peak rate that the model reaches (default: 0.4)")
+    add("--link", type=float, default=25.0, metavar="GB/S", help="what each GPU sends in a second, in 1e9 bytes "
         "(default: 25)")  # fmt: skip
     add("--price", type=float, default=0.0, help="of an hour of one GPU: adds the cost")
     add("--samples", type=positive, help="of an epoch, where the shards are not made yet")
     args = parser.parse_intermixed_args()
 
-    from acn_scale.plan import plan
+    from acn_scale.plan import Cluster, plan
 
     cfg = load_config(args.config, args.overrides)
-    options = {"nodes": args.nodes, "gpus_per_node": args.gpus_per_node, "device": DEVICES[args.gpu]}
-    print(plan(cfg, **options, mfu=args.mfu, link_gbytes=args.link, price=args.price, samples=args.samples))
+    device = DEVICES[args.gpu]
+    cluster = Cluster(args.nodes, args.gpus_per_node, device, args.mfu, args.link * 1e9, args.price)
+    print(plan(cfg, cluster, args.samples))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,182 @@
+"""What a plan says of a run is what the run then takes: its arithmetic, its memory, its pace."""
+
+import gc
+import re
+from collections.abc import Callable
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from test_pretrain import run
+
+from acn_scale import pretrain
+from acn_scale.config import Config
+from acn_scale.depth import batch_of, step_flops
+from acn_scale.engine import build_engine, train_step
+from acn_scale.hardware import DEVICES, peak_rate
+from acn_scale.memory import memory, parameters
+from acn_scale.models import build_model
+from acn_scale.plan import Cluster, largest_micro_batch, pace, plan, shards_per_node, traffic
+from acn_scale.runs import read_metrics, run_folder
+
+VIT = {"name": "vit", "num_heads": 4, "image_size": 32, "patch_size": 4, "num_classes": 10, "connectivity": "acn"}
+BERT = {"name": "bert", "num_heads": 4, "vocab_size": 8192, "max_tokens": 64, "connectivity": "acn"}
+
+
+def config(model: dict[str, Any], ranks: int = 1, micro: int = 1, accumulated: int = 1, **train: Any) -> Config:
+    kind = "text" if model["name"] == "bert" else "images"
+    train = {"length": "10step", "clip_norm": 1.0, "micro_batch_size": micro} | train
+    train["global_batch_size"] = micro * accumulated * ranks
+    return Config.model_validate(
+        {"run": {"name": "x"}, "model": model, "data": {"kind": kind, "train": "x", "eval": "x"}, "optim": {"lr": 1e-3}}
+        | {"train": train}
+    )
+
+
+def test_flops_of_a_vit() -> None:
+    """Two for each multiply-add of the linear maps and of attention, twice as many again backward; not for the input,
+    whose gradient nobody needs."""
+    cfg = config(VIT | {"depth": 3, "dim": 64})
+    tokens, dim = 65, 64
+    block = 2 * tokens * (4 * dim * dim + 2 * 4 * dim * dim) + 2 * 2 * tokens * tokens * dim
+    patches, head = 2 * 64 * (3 * 4 * 4) * dim, 2 * dim * 10
+    assert step_flops(cfg.model, 0.0) == pytest.approx(3 * (3 * block + head) + 2 * patches, rel=1e-4)
+    assert step_flops(cfg.model.model_copy(update={"recompute": True}), 0.0) == step_flops(cfg.model, 0.0)
+
+
+CASES = {
+    1: [
+        config(VIT | {"depth": 6, "dim": 384}, micro=64),
+        config(VIT | {"depth": 4, "dim": 512, "recompute": True}, micro=64, zero_stage=2),
+        config(BERT | {"depth": 4, "dim": 512}, micro=16, zero_stage=1),
+    ],
+    2: [
+        config(BERT | {"depth": 3, "dim": 512}, ranks=2, micro=32, accumulated=2, zero_stage=1),
+        config(VIT | {"depth": 4, "dim": 512}, ranks=2, micro=16, accumulated=2, zero_stage=2),
+        config(VIT | {"depth": 4, "dim": 512, "recompute": True}, ranks=2, micro=32, zero_stage=3),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_memory_is_that_of_real_steps(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a tenth of the most that processes hold of real engines, whose allocator keeps nothing for itself here."""
+    for name, value in (("MMAP_THRESHOLD_", "65536"), ("TRIM_THRESHOLD_", "0"), ("ARENA_MAX", "1")):
+        monkeypatch.setenv(f"MALLOC_{name}", value)
+    processes = Ranks(ranks)
+    try:
+        found = processes(peaks, ranks)
+    finally:
+        processes.close()
+    for number, cfg in enumerate(CASES[ranks]):
+        setting = {"stage": cfg.train.zero_stage, "recompute": cfg.model.recompute}
+        expected = memory(cfg, gpus=ranks, micro_batch_size=cfg.train.micro_batch_size, **setting)
+        for peak in found:
+            assert expected.total == pytest.approx(peak[number], rel=0.1), cfg
+
+
+def peaks(ranks: int) -> list[int]:
+    """Bytes that this process holds at most in steps of each case, beyond what it held before."""
+    found = []
+    for cfg in CASES[ranks]:
+        steps_of(cfg.model_copy(update={"model": cfg.model.model_copy(update={"depth": 1})}), ranks)  # loads what stays
+        gc.collect()
+        before = held("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        steps_of(cfg, ranks)
+        found.append(held("VmHWM") - before)
+    return found
+
+
+def steps_of(cfg: Config, ranks: int) -> None:
+    engine = build_engine(build_model(cfg.model), cfg, torch.device("cpu"), ranks)
+    batches = repeat(batch_of(cfg.model, cfg.train.micro_batch_size, 0.15))
+    for _ in range(2):
+        train_step(engine, batches, 1e-3)
+
+
+def held(key: str) -> int:
+    return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
+    cfg, device = config(VIT | {"depth": 6, "dim": 384}), DEVICES["v100-16gb"]
+    setting = {"stage": 2, "gpus": 8, "recompute": False}
+    largest = largest_micro_batch(cfg, device=device, **setting)
+    room = 0.9 * 16e9
+    assert memory(cfg, micro_batch_size=largest, **setting).total <= room
+    assert memory(cfg, micro_batch_size=largest + 1, **setting).total > room
+    again = largest_micro_batch(cfg, device=device, **(setting | {"recompute": True}))
+    assert again > 2 * largest
+
+
+def test_traffic() -> None:
+    """Rajbhandari et al. 2020: twice the weights, three times with ZeRO-3, of which a ring keeps a share at home."""
+    cfg = config(VIT | {"depth": 2, "dim": 32})
+    size = 4 * parameters(cfg.model)
+    assert [traffic(cfg, stage=stage, gpus=4, micro_steps=1) / size for stage in range(4)] == [1.5, 1.5, 1.5, 2.25]
+    assert [traffic(cfg, stage=stage, gpus=4, micro_steps=3) / size for stage in range(4)] == [1.5, 1.5, 3.0, 6.75]
+    assert traffic(cfg, stage=1, gpus=1, micro_steps=1) == 0
+
+
+def test_pace() -> None:
+    """Without traffic twice the GPUs halve the step; a slow link makes itself felt, and more so with more of them."""
+    cfg = config(VIT | {"depth": 2, "dim": 192}, micro=4096, zero_stage=2)
+    device = DEVICES["a100-80gb"]
+    fast, slow = (Cluster(1, 8, device, 0.5, link, 0.0) for link in (1e30, 1e9))
+    alone = pace(cfg, fast, 1).step_seconds
+    assert alone == pytest.approx(4096 * step_flops(cfg.model, 0.0) / (0.5 * 19.5e12))
+    assert pace(cfg, fast, 64).step_seconds == pytest.approx(alone / 64)
+    efficiency = [alone / gpus / pace(cfg, slow, gpus).step_seconds for gpus in (1, 8, 64, 512, 4096)]
+    assert efficiency[0] == 1
+    assert efficiency == sorted(efficiency, reverse=True)
+    assert efficiency[-1] < 0.1
+    last = pace(cfg, slow, 4096)
+    assert last.step_seconds > last.sent / 1e9
+
+
+def test_shards_of_a_node(vit: Callable[..., Config]) -> None:
+    cfg = vit(data={"streams": 16})
+    device = DEVICES["a100-80gb"]
+    assert shards_per_node(cfg, 100, Cluster(4, 4, device, 0.5, 1e9, 0.0)) == 25
+    assert shards_per_node(cfg, 100, Cluster(3, 4, device, 0.5, 1e9, 0.0)) == 100
+
+
+def test_the_page(vit: Callable[..., Config]) -> None:
+    cfg = vit(train={"global_batch_size": 512})
+    text = plan(cfg, Cluster(2, 4, DEVICES["h100-80gb"], 0.4, 25e9, 2.0))
+    lines = text.splitlines()
+    assert "20 steps of 512 samples" in lines[0]
+    assert sum(line.startswith("ZeRO-") for line in lines) == 8
+    assert "ZeRO-0 (this config)" in text
+    gpus = [line.split()[0] for line in lines if re.match(r"[\d,]+ ", line)]
+    assert gpus[:10] == ["1", "2", "4", "8", "16", "32", "64", "128", "256", "512"]
+    assert "512 samples cannot be dealt to 1,024, 2,048, 4,096 GPUs" in text
+    assert lines[-1] == "28 of 28 shards are read by each node in an epoch"
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"), [("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("TPU", None)]
+)
+def test_peak_rates(monkeypatch: pytest.MonkeyPatch, name: str, rate: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_rate(torch.device("cuda", 0), "bf16") == rate
+    assert peak_rate(torch.device("cpu"), "bf16") is None
+
+
+def test_mfu_is_the_share_of_the_peak(one_rank: Callable, vit: Callable[..., Config]) -> None:
+    cfg = vit()
+    one_rank(run_at_a_peak_of, cfg, 1e9)
+    lines = [line for line in read_metrics(run_folder(cfg)) if "train/lr" in line]
+    expected = [line["speed/samples_per_second"] * step_flops(cfg.model, 0.0) / 1e9 for line in lines]
+    assert [line["speed/mfu"] for line in lines] == pytest.approx(expected)
+
+
+def run_at_a_peak_of(cfg: Config, rate: float) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "peak_rate", lambda device, precision: rate)
+        run(cfg)
