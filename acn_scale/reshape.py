@@ -6,6 +6,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,22 @@ def fits(written: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def names_in_order(engine: Any) -> list[str]:
-    """The parameters' names as the optimizer numbers them, where it is one of plain PyTorch."""
+    """The parameters' names as the optimizer numbers them, at stage 0."""
     if engine.zero_optimization_stage():
         return []
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    groups = engine.optimizer.param_groups
-    return [names.get(id(parameter), "") for group in groups for parameter in group["params"]]
+    return [names[id(parameter)] for parameter in _in_order(engine.optimizer)[0]]
+
+
+def _in_order(optimizer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
+    """At stage 0: the model's parameters as the optimizer numbers them, those that it updates, and PyTorch's optimizer.
+
+    In 16 bits DeepSpeed puts a wrapper round that one, which holds the weights in fp32.
+    """
+    if hasattr(optimizer, "fp32_groups"):
+        return [*chain(*optimizer.fp16_groups)], [*chain(*optimizer.fp32_groups)], optimizer.optimizer
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return parameters, parameters, optimizer
 
 
 def load(engine: Any, path: Path, state: dict[str, Any]) -> None:
@@ -51,12 +62,6 @@ def load(engine: Any, path: Path, state: dict[str, Any]) -> None:
     universal = path / FOLDER
     written = state["layout"]
     mistakes = []
-    stages = written["zero_stage"], engine.zero_optimization_stage()
-    if 0 in stages and written["precision"] != "fp32":
-        raise SharedError(
-            f"train.zero_stage = {stages[1]}: {path} is of stage {stages[0]}, and in {written['precision']} "
-            "there is no way between stage 0 and the others"
-        )
     if distributed.rank() == 0 and not universal.exists():
         temporary = path / f".{FOLDER}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -129,29 +134,35 @@ def _load_universal(engine: Any, universal: Path) -> None:
 
 
 def _spread(path: Path, out: Path, names: list[str]) -> None:
-    """What one process of plain PyTorch holds, in the universal format, which DeepSpeed makes from stage 1 on only."""
+    """What a process holds at stage 0, in the universal format, which DeepSpeed makes from stage 1 on only."""
     state = torch.load(path / MODEL_FILE, map_location="cpu", weights_only=False)
     optimizer = state["optimizer"]
-    for number, name in enumerate(names):
+    if "fp32_groups" in optimizer:
+        weights = [*chain(*optimizer["fp32_groups"])]
+        optimizer = optimizer["optimizer_state_dict"]
+    else:
+        weights = [state["module"][name] for name in names]
+    for number, (name, weight) in enumerate(zip(names, weights, strict=True)):
         folder = out / "zero" / name
         folder.mkdir(parents=True)
-        values = optimizer["state"][number]
-        for key, value in ({"fp32": state["module"][name].float()} | values).items():
+        for key, value in ({"fp32": weight.detach()} | optimizer["state"][number]).items():
             torch.save(value if key == "step" else {"param": value}, folder / f"{key}.pt")
     torch.save({"optimizer_state_dict": optimizer}, out / "zero" / "optimizer_state.pt")
 
 
 def _gather(engine: Any, universal: Path) -> None:
-    """The universal format into one process of plain PyTorch."""
-    optimizer = engine.optimizer
-    for name, parameter in engine.module.named_parameters():
+    """The universal format into a process at stage 0. The loss scale of fp16 begins anew."""
+    parameters, updated, optimizer = _in_order(engine.optimizer)
+    for name, parameter, master in zip(names_in_order(engine), parameters, updated, strict=True):
         values = {
             file.stem: torch.load(file, map_location="cpu", weights_only=True)
             for file in (universal / "zero" / name).glob("*.pt")
         }
+        weight = values.pop("fp32")["param"].view_as(parameter)
         with torch.no_grad():
-            parameter.copy_(values.pop("fp32")["param"].view_as(parameter))
-        optimizer.state[parameter] = {
+            parameter.copy_(weight)
+            master.copy_(weight)
+        optimizer.state[master] = {
             key: value if key == "step" else value["param"].view_as(parameter).to(parameter.device)
             for key, value in values.items()
         }

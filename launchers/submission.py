@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import logging
+import re
 import shlex
 import shutil
 import subprocess
@@ -54,12 +55,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def duration(text: str) -> int:
     """[DAYS-]HOURS:MINUTES, or minutes, as minutes; for argparse."""
-    days, _, rest = text.rpartition("-")
-    hours, _, minutes = rest.rpartition(":")
-    try:
-        total = (int(days or 0) * 24 + int(hours or 0)) * 60 + int(minutes)
-    except ValueError:
-        total = 0
+    match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+)", text)
+    days, hours, minutes = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
+    total = (days * 24 + hours) * 60 + minutes
     if total < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be [DAYS-]HOURS:MINUTES, or minutes")
     return total

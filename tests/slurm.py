@@ -101,6 +101,9 @@ class Slurm:
         daemon = psutil.Process(self.daemons[node].pid)
         daemon.kill()
         self.daemons.pop(node).wait()
+        self._kill_steps(node)
+
+    def _kill_steps(self, node: str) -> None:
         for step in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 if "slurmstepd" in step.name() and str(self.folder / f"slurmd.{node}.log") in _open_files(step.pid):
@@ -128,6 +131,8 @@ class Slurm:
                 daemon.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+        for node in NODES:
+            self._kill_steps(node)
 
 
 def _open_files(pid: int) -> list[str]:

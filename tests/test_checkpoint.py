@@ -97,12 +97,20 @@ def test_other_ranks_and_stages(
         assert "reshaped" not in log
 
 
-def test_16_bit_stage_0_is_refused_elsewhere(one_rank: Callable, vit: Callable[..., Config]) -> None:
-    """DeepSpeed keeps its master weights there in a form of their own."""
-    train = {"precision": "bf16", "length": "5step"}
-    one_rank(run, vit(train=train, model={"depth": 1}))
-    (message,) = one_rank(refused, vit(train=train | {"zero_stage": 1}, model={"depth": 1}))
-    assert message.startswith("train.zero_stage = 1: ")
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (2, 0)])
+def test_other_stages_in_16_bits(
+    one_rank: Callable, two_ranks: Callable, vit: Callable[..., Config], first: int, second: int
+) -> None:
+    """The weights that bf16 rounds are kept in fp32, and go along: the first loss after the stop is the same."""
+    train = {"precision": "bf16", "log_every": "1step", "length": "8step"}
+    whole = vit(run={"name": "whole"}, train=train | {"zero_stage": first}, model={"depth": 1})
+    broken = named(whole, "broken")
+    two_ranks(run, whole)
+    two_ranks(run_until, broken, 7)
+    one_rank(run, vit(run={"name": "broken"}, train=train | {"zero_stage": second}, model={"depth": 1}))
+    expected, got = ([line["train/loss"] for line in measured(cfg) if "train/lr" in line] for cfg in (whole, broken))
+    assert got == pytest.approx(expected, abs=0.02)
+    assert f"reshaped step_00000005 from 2 ranks at ZeRO-{first} to 1 rank" in said(broken)
 
 
 @pytest.fixture
