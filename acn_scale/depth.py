@@ -101,6 +101,7 @@ def depth_figure(curves: dict[str, list[float]], tolerance: float) -> Figure:
         cut = cutoff(accuracy, tolerance)
         (line,) = axes.plot([100 * value for value in accuracy], marker="o", label=f"{name} (cut-off {cut})")
         axes.plot(cut, 100 * accuracy[cut], marker="o", markersize=12, fillstyle="none", color=line.get_color())
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("depth (blocks)")
     axes.set_ylabel("accuracy (%)")
     axes.set_title(f"Readout at every depth; rings: cut-off within {tolerance} points")

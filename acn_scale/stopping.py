@@ -22,7 +22,10 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # A process that was asked to stop is on its way out. Slurm sends SIGTERM to the ranks that are slower at it
+            # than the first one, and Python would put back the default before its very end.
+            stopped = self.received is not None and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if stopped else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == "SIGINT":

@@ -27,7 +27,7 @@ def status(run: Path, queue: dict[str, str]) -> list[str]:
     last = lines[-1] if lines else {}
     beats = read_heartbeats(run)
     newest = max((beat["time"] for beat in beats.values()), default=0)
-    step = max((beat["step"] for beat in beats.values()), default=last.get("step", 0))
+    step = max([beat["step"] for beat in beats.values()] + [last.get("step", 0)])
     steps = environment.get("steps")
     failure = read_failure(run)
     running = bool(beats) and time.time() - newest < ALIVE and any(beat["phase"] != "end" for beat in beats.values())
