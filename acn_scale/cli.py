@@ -5,12 +5,13 @@ import difflib
 import json
 import logging
 import os
+import signal
 import sys
 import tomllib
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -32,11 +33,17 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         alike = isinstance(error, SharedError) or not logging.getLogger("acn_scale").handlers
         if os.environ.get("RANK", "0") == "0" or not alike:
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2)
     except RunFailed as error:  # on all ranks alike, and in the run's log
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _exit(1)
+
+
+def _exit(code: int) -> NoReturn:
+    """Slurm sends SIGTERM to the ranks that are slower than the first one; the code of all shall be this one."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(code)
 
 
 TEXT_SOURCES = """sources:

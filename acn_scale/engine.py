@@ -62,6 +62,8 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
             block.compile()
     optimizer = _muon(model, cfg.optim) if cfg.optim.name == "muon" else build_optimizer(model, cfg.optim)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(cfg, world_size))
+    if world_size == 1 and cfg.train.zero_stage == 0:
+        engine.enable_backward_allreduce = False  # it copies all gradients, to sum them with nobody's
     return engine
 
 

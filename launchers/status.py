@@ -30,7 +30,8 @@ def status(run: Path, queue: dict[str, str]) -> list[str]:
     step = max([beat["step"] for beat in beats.values()] + [last.get("step", 0)])
     steps = environment.get("steps")
     failure = read_failure(run)
-    running = bool(beats) and time.time() - newest < ALIVE and any(beat["phase"] != "end" for beat in beats.values())
+    beating = bool(beats) and time.time() - newest < ALIVE and any(beat["phase"] != "end" for beat in beats.values())
+    running = beating and not failure
     if steps and last.get("step") == steps and not running:
         state = "finished"
     elif running:
