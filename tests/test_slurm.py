@@ -108,6 +108,6 @@ def test_whatever_happens_to_a_job_the_run_ends_the_same(cluster: slurm.Slurm, c
     assert row[5] == "4", row  # restarts
 
     unbroken = run.with_name("unbroken")
-    launch(cluster, "pretrain.py", *options, "run.name=unbroken")
-    until(lambda: reached(unbroken) == 400, "the unbroken run has no end")
+    again = launch(cluster, "pretrain.py", *options, "run.name=unbroken").stdout.split()[1].rstrip(":")
+    until(lambda: over(cluster, again), "the unbroken run has no end")
     assert measured(run) == measured(unbroken)
