@@ -51,7 +51,7 @@ class Checkpoints:
         """
         start = time.perf_counter()
         self.finish()
-        path = self.folder / f"step_{step:08d}"
+        path = self.path(step)
         temporary = path.with_name(f".{path.name}.tmp")
         mistakes = []
         if distributed.rank() == 0:
@@ -72,6 +72,9 @@ class Checkpoints:
         self._writer = _Writer(self, path, temporary, parts, state)
         self._writer.start()
         return time.perf_counter() - start
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
 
     def finish(self) -> bool:
         """Wait for the last save; return whether it, where there was one, is complete."""
@@ -243,12 +246,18 @@ def damage(path: Path, part: int = 0, parts: int = 1) -> list[str]:
     return found
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """What state.json of a checkpoint holds."""
+    return read_json(path / STATE_NAME)
+
+
 def load(engine: Any, stream: Stream, path: Path) -> dict[str, Any]:
-    """Load a checkpoint into engine and stream, whatever number of ranks and ZeRO stage wrote it; return its state.
+    """Load a checkpoint into engine and stream, whatever number of ranks, ZeRO stage and of blocks wrote it; return its
+    state. Of a network with more blocks the upper ones are left out.
 
     Raises UserError where the data are others now, or where the checkpoint cannot be brought into this run's layout.
     """
-    state = read_json(path / STATE_NAME)
+    state = read_state(path)
     stream.load_state_dict(state["stream"])
     written, now = state["layout"], reshape.layout(engine)
     if reshape.fits(written, now):

@@ -277,6 +277,22 @@ class HealthConfig(Section):
     )
 
 
+class DepthConfig(Section):
+    """Cutting off, while the run goes on, the blocks at the top that it does not use any more."""
+
+    cut_while_training: bool = Field(
+        False, description="cut blocks at the top that have died off the network and the optimizer's state"
+    )
+    dead_below: float = Field(
+        0.05, ge=0, le=1, description="a block is dead while its share of the gradient's norm, and what it changes of "
+        "the logits, are both below this",
+    )  # fmt: skip
+    evaluations: int = Field(
+        2, ge=1, description="evaluations in a row after which dead blocks are cut off, where the accuracy below them "
+        "stays within eval.tolerance",
+    )  # fmt: skip
+
+
 class ProfileConfig(Section):
     """A look at single steps."""
 
@@ -304,6 +320,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
+    depth: DepthConfig = DepthConfig()
     profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")

@@ -14,8 +14,13 @@ from acn_scale.models import build_model
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, evaluation: Evaluation, device: torch.device) -> dict[str, list[float]]:
+def evaluate(
+    model: nn.Module, evaluation: Evaluation, device: torch.device, *, changes: bool = False
+) -> dict[str, list[float]]:
     """The mean of each of the model's scores at depth 0, 1, ..., over the samples of all ranks, in one pass.
+
+    With `changes`, also "change", how much of the logits a block makes: |logits at depth k - those at k - 1| by |logits
+    at full depth|, root mean squares over samples and classes; 0 at depth 0.
 
     Each sample counts once, whatever the number of ranks and the batch size. Call it on every rank.
     """
@@ -27,14 +32,31 @@ def evaluate(model: nn.Module, evaluation: Evaluation, device: torch.device) -> 
         batch = {name: values.to(device) for name, values in batch.items()}
         total += int(counts.sum())
         counts = counts.to(device)
+        before: torch.Tensor | None = None
         for depth, output in enumerate(model.readouts(**batch)):
-            for name, values in model.score(output, **batch).items():
+            scores = {name: values[counts] for name, values in model.score(output, **batch).items()}
+            if changes:
+                logits = _centred(output[counts])
+                before = logits if before is None else before
+                scores |= {"change": (logits - before).square(), "size": logits.square()}
+                before = logits
+            for name, values in scores.items():
                 if name not in sums:
                     sums[name] = torch.zeros(len(model.trunk.blocks) + 1, dtype=torch.float64, device=device)
-                sums[name][depth] += values[counts].double().sum()
+                sums[name][depth] += values.double().sum()
     model.train(was_training)
     total = distributed.sum_over_ranks(torch.tensor(float(total), dtype=torch.float64, device=device))
-    return {name: (distributed.sum_over_ranks(values) / total).tolist() for name, values in sums.items()}
+    sums = {name: distributed.sum_over_ranks(values) for name, values in sums.items()}
+    if changes:
+        size = sums.pop("size")[-1].clamp_min(torch.finfo(torch.float64).tiny)
+        sums["change"] = total * (sums["change"] / size).sqrt()
+    return {name: (values / total).tolist() for name, values in sums.items()}
+
+
+def _centred(logits: torch.Tensor) -> torch.Tensor:
+    """(..., classes) less their mean: what is added to all classes alike changes no prediction."""
+    logits = logits.float()
+    return logits - logits.mean(dim=-1, keepdim=True)
 
 
 def cutoff(accuracy: list[float], tolerance: float) -> int:

@@ -22,6 +22,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from acn_scale import distributed
+from acn_scale.config import Config
+from acn_scale.durations import Horizon
 from acn_scale.files import write_file
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,34 @@ def setup_logging(folder: Path, rank: int) -> None:
         logger.addHandler(handler)
 
 
+def describe(cfg: Config, model: torch.nn.Module, horizon: Horizon, world_size: int) -> str:
+    """A run in one line, with the arithmetic of its batches."""
+    micro = cfg.micro_batch_size(world_size)
+    accumulation = cfg.train.global_batch_size // (micro * world_size)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{cfg.run.name}: {cfg.model.name}, {cfg.model.connectivity}, {cfg.model.depth} blocks, "
+        f"{parameters:,} parameters; "
+        f"{horizon.steps} steps of {cfg.train.global_batch_size} samples "
+        f"({micro} x {accumulation} accumulated x {world_size} ranks); "
+        f"{horizon.samples_per_epoch} samples an epoch; {cfg.train.precision}, ZeRO-{cfg.train.zero_stage}"
+    )
+
+
+def progress_bar(cfg: Config, step: int, horizon: Horizon) -> tqdm:
+    """Step, loss, speed and time left, on rank 0; a terminal sees it move, a log file gets a line now and then."""
+    interval = 0.5 if sys.stderr.isatty() else 20
+    return tqdm(
+        desc=cfg.run.name,
+        total=horizon.steps,
+        initial=step,
+        unit="step",
+        mininterval=interval,
+        maxinterval=interval,
+        disable=distributed.rank() != 0,
+    )
+
+
 # TensorBoard's "custom scalars" tab: what to look at first, in four rows.
 LAYOUT = {
     "training": {
@@ -62,7 +92,7 @@ LAYOUT = {
     },
     "depth": {
         "accuracy by depth": ["Multiline", ["eval/depth_.*/accuracy"]],
-        "cut-off": ["Multiline", ["depth/cutoff"]],
+        "cut-off, and blocks there are": ["Multiline", ["depth/cutoff", "depth/blocks"]],
         "gradient norm by block": ["Multiline", ["grad_norm/block_.*"]],
     },
     "speed": {

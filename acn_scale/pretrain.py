@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from acn_scale import checkpoint, distributed
 from acn_scale.checkpoint import Checkpoints
@@ -17,6 +16,7 @@ from acn_scale.cli import config_from_args, exit_on_user_error
 from acn_scale.config import Config
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.stream import Evaluation, Stream
+from acn_scale.dead_blocks import DeadBlocks
 from acn_scale.depth import cutoff, depth_figure, evaluate, step_flops, tokens_per_sample
 from acn_scale.durations import Duration, Horizon
 from acn_scale.ema import WeightAverage
@@ -24,7 +24,7 @@ from acn_scale.engine import Step, build_engine, train_step
 from acn_scale.errors import RunFailed
 from acn_scale.guard import Guard
 from acn_scale.hardware import peak_rate
-from acn_scale.log import Metrics, Window, setup_logging
+from acn_scale.log import Metrics, Window, describe, progress_bar, setup_logging
 from acn_scale.models import build_model
 from acn_scale.optim import learning_rate
 from acn_scale.profiling import Profiler
@@ -81,20 +81,27 @@ class Trainer:
         self.cfg, self.device, self.folder, self.stream, self.evaluation = cfg, device, folder, stream, evaluation
         self.horizon, self.signals, self.watchdog = horizon, signals, watchdog
         self.rank = distributed.rank()
-        torch.manual_seed(cfg.run.seed)  # the same initial weights on every rank
-        model = build_model(cfg.model)
-        log.info("%s", describe(cfg, model, horizon, distributed.world_size()))
-        self.engine = build_engine(model, cfg, device, distributed.world_size())
+        self.depth = 0  # blocks of the network, once it is built
         keep_every = cfg.checkpoint.keep_every and horizon.count(cfg.checkpoint.keep_every)
         self.checkpoints = Checkpoints(folder, keep=cfg.checkpoint.keep, keep_every=keep_every)
-        self.average = WeightAverage(self.engine, cfg.train.ema_decay) if cfg.train.ema_decay else None
         self.guard = Guard(cfg.health)
+        self.dead_blocks = DeadBlocks(cfg.depth, cfg.eval.tolerance)
         self.stall = 0.0  # seconds that the last checkpoint held training up
         self.restarts = restarts(folder)
         # Model FLOPs utilization (Chowdhery et al. 2022, app. B): what recomputing adds does not count.
         self.peak_rate = peak_rate(device, cfg.train.precision)
-        self.flops_per_sample = step_flops(cfg.model, cfg.data.mask_ratio) if self.peak_rate else 0
         self.window = Window(tokens_per_sample(cfg.model), device)
+
+    def build(self, depth: int) -> None:
+        """The network, of so many blocks, in an engine."""
+        cfg = self.cfg.model_copy(update={"model": self.cfg.model.model_copy(update={"depth": depth})})
+        torch.manual_seed(cfg.run.seed)  # the same initial weights on every rank
+        model = build_model(cfg.model)
+        log.info("%s", describe(cfg, model, self.horizon, distributed.world_size()))
+        self.engine = build_engine(model, cfg, self.device, distributed.world_size())
+        self.average = WeightAverage(self.engine, cfg.train.ema_decay) if cfg.train.ema_decay else None
+        self.flops_per_sample = step_flops(cfg.model, cfg.data.mask_ratio) if self.peak_rate else 0
+        self.depth = depth
 
     def run(self) -> bool:
         """All steps that are left; False where a signal stopped it before the end."""
@@ -120,10 +127,11 @@ class Trainer:
                 if self.due(self.cfg.train.log_every, step):
                     self.log(step, result)
                 with self.window.paused():
-                    if self.due(self.cfg.eval.every, step):
-                        self.evaluate(step)
-                    if self.due(self.cfg.checkpoint.every, step) or stop:
-                        self.save(step)
+                    keep = self.evaluate(step) if self.due(self.cfg.eval.every, step) else self.depth
+                    if self.due(self.cfg.checkpoint.every, step) or stop or keep < self.depth:
+                        self.save(step, keep)
+                    if keep < self.depth:
+                        self.cut(step, keep)
                 self.progress.update()
             if not self.checkpoints.finish():
                 raise RunFailed(f"step {step}: the last checkpoint could not be written; see {self.folder}/train.log")
@@ -207,24 +215,37 @@ class Trainer:
 
     def load(self, path: Path | None, *, keep_bad_steps: bool = False) -> int:
         """Go on from a checkpoint, or from the beginning where there is none; return the step."""
+        self.watchdog.beat(0, "reshape")  # which may take as long as it needs
+        depth = checkpoint.read_state(path)["depth"] if path else self.cfg.model.depth
+        if depth != self.depth:
+            self.build(depth)
         if path is None:
             return 0
-        self.watchdog.beat(0, "reshape")  # which may take as long as it needs
         state = checkpoint.load(self.engine, self.stream, path)
         if self.average:
             self.average.load(path)
         self.guard.load_state_dict(state["guard"], keep_bad_steps=keep_bad_steps)
         self.window.load_state_dict(state["window"])
+        self.dead_blocks.load_state_dict(state["dead_blocks"])
         log.info("resumed at step %d from %s", state["step"], path)
         return state["step"]
 
-    def save(self, step: int) -> None:
-        """Begin a checkpoint."""
+    def save(self, step: int, depth: int) -> None:
+        """Begin a checkpoint, from which the run goes on with `depth` blocks."""
         self.watchdog.beat(step, "checkpoint")
         self.metrics.flush()
-        state = {"guard": self.guard.state_dict(), "window": self.window.state_dict()}
+        state = {"guard": self.guard.state_dict(), "window": self.window.state_dict(), "depth": depth}
+        state |= {"dead_blocks": self.dead_blocks.state_dict()}
         parts = self.average.parts() if self.average else None
         self.stall = self.checkpoints.save(self.engine, self.stream, step, state, parts)
+
+    def cut(self, step: int, depth: int) -> None:
+        """Go on with the lowest `depth` blocks, as a start from the checkpoint of this step would."""
+        if not self.checkpoints.finish():
+            log.warning("step %d: without a checkpoint the blocks above %d are not cut off yet", step, depth)
+            return
+        log.info("step %d: the blocks above %d of %d have died and are cut off", step, depth, self.depth)
+        self.load(self.checkpoints.path(step))
 
     def log(self, step: int, result: Step) -> None:
         """A line of training metrics."""
@@ -236,59 +257,39 @@ class Trainer:
             values["speed/mfu"] = rate / self.peak_rate
         if result.gradient_norms is not None:
             norms = dict(result.gradient_norms)
+            self.dead_blocks.note_gradients(norms)
             values |= {"train/grad_norm": norms.pop("all")}
             values |= {f"grad_norm/{part}": norm for part, norm in norms.items()}
         self.metrics.write(step, values)
         loss, speed = values.get("train/loss", math.nan), values["speed/samples_per_second"]
         self.progress.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} samples/s", refresh=False)
 
-    def evaluate(self, step: int) -> None:
-        """The scores at full depth, the accuracy at each depth, the cut-off, and the curve as a picture."""
+    def evaluate(self, step: int) -> int:
+        """The scores at full depth, the accuracy at each depth, the cut-off, and the curve as a picture.
+
+        Returns the number of blocks to go on with.
+        """
+        cuts = self.cfg.depth.cut_while_training
         batches = self.watchdog.each(self.evaluation, "evaluation")
-        scores = evaluate(self.engine.module, batches, self.device)
+        scores = evaluate(self.engine.module, batches, self.device, changes=cuts)
+        change = scores.pop("change", [])
         tolerance = self.cfg.eval.tolerance
         accuracy = scores["accuracy"]
         values = {f"eval/{name}": depths[-1] for name, depths in scores.items()}
         values |= {f"eval/depth_{depth:02d}/accuracy": value for depth, value in enumerate(accuracy)}
-        values["depth/cutoff"] = cutoff(accuracy, tolerance)
+        values |= {f"depth/change/block_{depth:02d}": value for depth, value in enumerate(change) if depth}
+        values |= {"depth/cutoff": cutoff(accuracy, tolerance), "depth/blocks": self.depth}
         self.metrics.write(step, values)
         self.metrics.draw(step, "depth/curve", depth_figure({f"step {step}": accuracy}, tolerance))
         curve = " ".join(f"{100 * value:.1f}" for value in accuracy)
         loss, cut = values["eval/loss"], values["depth/cutoff"]
         log.info("step %d: loss %.4f, accuracy by depth %s, cut-off %d", step, loss, curve, cut)
-
-
-def progress_bar(cfg: Config, step: int, horizon: Horizon) -> tqdm:
-    """Step, loss, speed and time left, on rank 0; a terminal sees it move, a log file gets a line now and then."""
-    interval = 0.5 if sys.stderr.isatty() else 20
-    return tqdm(
-        desc=cfg.run.name,
-        total=horizon.steps,
-        initial=step,
-        unit="step",
-        mininterval=interval,
-        maxinterval=interval,
-        disable=distributed.rank() != 0,
-    )
+        return self.dead_blocks.depth_to_keep(accuracy, change) if cuts else self.depth
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
     """Of torch's generator in one step, so that a resumed run draws what the unbroken one would have drawn."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
-
-
-def describe(cfg: Config, model: torch.nn.Module, horizon: Horizon, world_size: int) -> str:
-    """The run in one line, with the arithmetic of its batches."""
-    micro = cfg.micro_batch_size(world_size)
-    accumulation = cfg.train.global_batch_size // (micro * world_size)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return (
-        f"{cfg.run.name}: {cfg.model.name}, {cfg.model.connectivity}, {cfg.model.depth} blocks, "
-        f"{parameters:,} parameters; "
-        f"{horizon.steps} steps of {cfg.train.global_batch_size} samples "
-        f"({micro} x {accumulation} accumulated x {world_size} ranks); "
-        f"{horizon.samples_per_epoch} samples an epoch; {cfg.train.precision}, ZeRO-{cfg.train.zero_stage}"
-    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def read_result(folder: Path) -> Result:
     if not evaluations:
         raise UserError(f"{folder}: has no evaluation in its metrics.jsonl yet")
     last = evaluations[-1]
-    accuracy = [last[f"eval/depth_{depth:02d}/accuracy"] for depth in range(cfg.model.depth + 1)]
+    accuracy = [last[f"eval/depth_{depth:02d}/accuracy"] for depth in range(last["depth/blocks"] + 1)]
     return Result(folder.name, cfg, last["step"], last["eval/loss"], accuracy)
 
 

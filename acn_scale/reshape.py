@@ -25,12 +25,12 @@ def layout(engine: Any) -> dict[str, Any]:
     """How an engine's state is spread: what decides whether a checkpoint can be loaded as it is."""
     precision = "fp16" if engine.fp16_enabled() else "bf16" if engine.bfloat16_enabled() else "fp32"
     ranks, stage = distributed.world_size(), engine.zero_optimization_stage()
-    return {"ranks": ranks, "zero_stage": stage, "precision": precision}
+    return {"ranks": ranks, "zero_stage": stage, "precision": precision, "depth": len(engine.module.trunk.blocks)}
 
 
 def describe(layout: dict[str, Any]) -> str:
-    ranks = layout["ranks"]
-    return f"{ranks} rank{'s' if ranks > 1 else ''} at ZeRO-{layout['zero_stage']}"
+    ranks, depth = layout["ranks"], layout["depth"]
+    return f"{ranks} rank{'s' * (ranks > 1)} at ZeRO-{layout['zero_stage']}, {depth} block{'s' * (depth > 1)}"
 
 
 def fits(written: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -105,7 +105,7 @@ def _complete(universal: Path, shapes: dict[str, torch.Size]) -> None:
         step = state["optimizer_state_dict"]["state"][0]["step"]
     for folder in folders:
         torch.save(step, folder / "step.pt")
-        for file in folder.glob("*.pt"):
+        for file in folder.glob("*.pt") if folder.name in shapes else ():  # not of blocks that are cut off
             values = torch.load(file, map_location="cpu", weights_only=True)
             if file.stem != "step" and torch.is_tensor(values):  # from stage 3: bare, and flat
                 torch.save({"param": values.view(shapes[folder.name])}, file)

@@ -53,6 +53,7 @@ def vit(digits: Path, tmp_path: Path) -> Callable[..., Config]:
             "eval": {"every": "10step"},
             "checkpoint": {"every": "5step"},
             "health": {},
+            "depth": {},
             "profile": {},
         }
         return Config.model_validate({name: values.get(name, {}) | sections.get(name, {}) for name in values})

@@ -15,7 +15,7 @@ ROWS = [
     {"cli", "distributed"},
     {"log", "runs", "models", "data", "optim", "guard", "profiling"},
     {"engine", "reshape", "depth", "watchdog"},
-    {"checkpoint", "ema", "memory"},
+    {"checkpoint", "ema", "memory", "dead_blocks"},
     {"pretrain", "report", "batches"},
     {"benchmark", "plan"},
 ]

@@ -1,0 +1,118 @@
+"""Blocks that died are cut off while the run goes on, with their part of the optimizer's state, and nothing else."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_pretrain import measured, named, run, run_until
+
+from acn_scale import checkpoint, distributed
+from acn_scale.checkpoint import complete
+from acn_scale.config import Config, DepthConfig
+from acn_scale.data import build_stream
+from acn_scale.dead_blocks import DeadBlocks
+from acn_scale.engine import build_engine
+from acn_scale.models import build_model
+from acn_scale.runs import run_folder
+
+
+def norms(*blocks: float) -> dict[str, float]:
+    return {f"block_{number:02d}": norm for number, norm in enumerate(blocks, 1)} | {"all": 1.0}
+
+
+def test_what_is_dead() -> None:
+    """Small in its gradient and in what it changes, at the top, for long enough, with the accuracy below it."""
+    accuracy = [0.1, 0.90, 0.97, 0.97, 0.97]
+
+    def kept(
+        gradients: tuple[float, ...], change: list[float], accuracy: list[float] = accuracy, times: int = 2
+    ) -> int:
+        blocks = DeadBlocks(DepthConfig(dead_below=0.05, evaluations=2), tolerance=0.5)
+        for _ in range(times):
+            blocks.note_gradients(norms(*gradients))
+            depth = blocks.depth_to_keep(accuracy, change)
+        return depth
+
+    small, change = (0.5, 0.3, 0.01, 0.01), [0, 0.5, 0.3, 0.01, 0.01]
+    assert kept(small, change) == 2
+    assert kept(small, change, times=1) == 4, "not for long enough"
+    assert kept((0.5, 0.3, 0.01, 0.2), change) == 4, "its gradient lives"
+    assert kept(small, [0, 0.5, 0.3, 0.2, 0.01]) == 3, "the block below it makes a difference"
+    assert kept(small, change, [0.1, 0.90, 0.90, 0.97, 0.97]) == 3, "the accuracy needs it"
+    assert kept((0.0,) * 4, [0.0] * 5, [0.1] * 5) == 1, "one block always stays"
+
+
+def test_once_alive_is_alive_until_the_next_evaluation() -> None:
+    blocks = DeadBlocks(DepthConfig(evaluations=1), tolerance=100.0)
+    blocks.note_gradients(norms(0.5, 0.2))
+    again = DeadBlocks(DepthConfig(evaluations=1), tolerance=100.0)
+    again.load_state_dict(json.loads(json.dumps(blocks.state_dict())))
+    for each in (blocks, again):
+        each.note_gradients(norms(0.5, 0.01))
+        assert each.depth_to_keep([0.9] * 3, [0, 0.5, 0.01]) == 2
+        each.note_gradients(norms(0.5, 0.01))
+        assert each.depth_to_keep([0.9] * 3, [0, 0.5, 0.01]) == 1
+
+
+def sections(stage: int, **depth: Any) -> dict[str, dict[str, Any]]:
+    """A run in which all blocks but one are called dead at the second evaluation, at step 10."""
+    return {
+        "train": {"zero_stage": stage, "log_every": "1step", "micro_batch_size": 4, "ema_decay": 0.9},
+        "depth": {"cut_while_training": True, "dead_below": 1.0} | depth,
+        "eval": {"every": "5step", "tolerance": 100.0},
+        "model": {"dropout": 0.1},
+        "checkpoint": {"every": "4step"},
+    }
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_run_that_cuts(two_ranks: Callable, vit: Callable[..., Config], stage: int) -> None:
+    """It goes on with fewer blocks; stopped before the cut, at it, or after it, it is the same run bit for bit."""
+    whole = vit(run={"name": "whole"}, **sections(stage))
+    broken = named(whole, "broken")
+    two_ranks(run, whole)
+    blocks = [line["depth/blocks"] for line in measured(whole) if "depth/blocks" in line]
+    assert blocks[:2] == [3, 3]
+    assert blocks[2:] == sorted(blocks[2:], reverse=True)
+    assert blocks[-1] < 3
+    assert len([name for name in measured(whole)[-2] if name.startswith("grad_norm/block")]) == blocks[-1]
+    for step in (9, 11, 15):
+        two_ranks(run_until, broken, step)
+    two_ranks(run, broken)
+    assert measured(broken) == measured(whole)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_what_stays_is_what_it_was(two_ranks: Callable, vit: Callable[..., Config], stage: int) -> None:
+    """The weights of the blocks that stay; at stage 0, where they can be looked at, the optimizer's moments too."""
+    cfg = vit(train={"zero_stage": stage, "length": "5step"})
+    two_ranks(run, cfg)
+    for same in two_ranks(compared, cfg):
+        assert same
+
+
+def compared(cfg: Config) -> bool:
+    first, second = (loaded(cfg, depth) for depth in (3, 2))
+    names = second.keys()
+    assert names < first.keys()
+    return all(torch.equal(one, two) for name in names for one, two in zip(first[name], second[name], strict=True))
+
+
+def loaded(cfg: Config, depth: int) -> dict[str, list[torch.Tensor]]:
+    """The newest checkpoint in an engine of so many blocks, by name."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    cut = cfg.model_copy(update={"model": cfg.model.model_copy(update={"depth": depth})})
+    engine = build_engine(build_model(cut.model), cut, torch.device("cpu"), distributed.world_size())
+    stream = build_stream(cfg, distributed.rank(), distributed.world_size())
+    checkpoint.load(engine, stream, complete(run_folder(cfg))[-1])
+    values = {}
+    for name, parameter in engine.module.named_parameters():
+        if cfg.train.zero_stage:
+            values[name] = [safe_get_full_fp32_param(parameter).clone()]
+        else:
+            state = engine.optimizer.state[parameter]
+            values[name] = [parameter.detach(), state["exp_avg"], state["exp_avg_sq"]]
+    return values
