@@ -181,6 +181,11 @@ class ImageDataConfig(StreamConfig):
     mask_ratio: ClassVar[float] = 0.0
 
     @property
+    def crops(self) -> bool:
+        """Whether images come in any size: training takes a random crop, evaluation the centre."""
+        return self.augment in ("crop_flip", "randaugment")
+
+    @property
     def group(self) -> int:
         """Neighbours in the order of the data that stay together on one rank: the pairs that Mixup and CutMix mix."""
         return 2 if self.mixup > 0 or self.cutmix > 0 else 1
