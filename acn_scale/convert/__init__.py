@@ -5,11 +5,20 @@ from pathlib import Path
 from typing import Literal
 
 from acn_scale.convert.export import write_export
+from acn_scale.convert.hugging_face import write_hugging_face
 from acn_scale.convert.network import Network
+from acn_scale.convert.programs import write_onnx, write_program
 from acn_scale.convert.sources import read_model
+from acn_scale.convert.timm_models import write_timm
 from acn_scale.files import new_folder
 
-TARGETS: dict[str, Callable[[Network, Path, str], None]] = {"safetensors": write_export}
+TARGETS: dict[str, Callable[[Network, Path, str], None]] = {
+    "safetensors": write_export,
+    "hf": write_hugging_face,
+    "timm": write_timm,
+    "onnx": write_onnx,
+    "export": write_program,
+}
 
 
 def convert(

@@ -33,6 +33,7 @@ class Card(Section):
     full_depth: Annotated[int, Field(ge=1)]  # before the cut
     run: str | None = None
     step: int | None = None
+    data: str | None = None  # what it was trained on
     average: bool = False  # whether these are the moving average of the weights
     accuracy: list[float] | None = None  # 0..1 at depth 0 ... full_depth, by the run's last evaluation
     evaluated_at: int | None = None  # the step of that evaluation
@@ -71,6 +72,12 @@ class Network:
             raise UserError(f"--tolerance {tolerance}: {self.card.source} has no accuracy by depth; give --depth")
         depth = max(1, cutoff(self.card.accuracy, tolerance))
         return self.cut(min(depth, self.card.model.depth))
+
+
+def shapes_of(model: ModelConfig) -> dict[str, torch.Size]:
+    """Of a model's weights, without building it."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in build_model(model).named_parameters()}
 
 
 def network(card: Card, weights: Pieces, tokenizer: bytes | None = None) -> Network:

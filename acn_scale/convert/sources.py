@@ -7,7 +7,9 @@ from pathlib import Path
 from acn_scale.checkpoint import STATE_NAME, complete
 from acn_scale.config import Config, ImageDataConfig
 from acn_scale.convert.export import is_export, read_export
+from acn_scale.convert.hugging_face import read_hugging_face
 from acn_scale.convert.network import Card, Images, Network, network
+from acn_scale.convert.timm_models import read_timm
 from acn_scale.convert.zero import weights
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.storage import read_file
@@ -17,13 +19,20 @@ from acn_scale.runs import read_config, read_json, read_result
 
 log = logging.getLogger(__name__)
 
+FOREIGN = {"hf": lambda rest: read_hugging_face(Path(rest)), "timm": read_timm}
+
 
 def read_model(source: Path | str, *, average: bool = False) -> Network:
-    """Of a run folder (its newest complete checkpoint), a checkpoint or an export.
+    """Of a run folder (its newest complete checkpoint), a checkpoint, an export, hf:FOLDER or timm:NAME_OR_FILE.
 
     `average` takes the moving average of a checkpoint's weights. Raises UserError for anything else, and for files
     that are missing or damaged.
     """
+    kind, _, rest = str(source).partition(":")
+    if kind in FOREIGN and rest:
+        if average:
+            raise UserError(f"{source}: holds no average of the weights beside them")
+        return FOREIGN[kind](rest)
     folder = Path(source)
     if (folder / STATE_NAME).exists():
         return _read_checkpoint(folder, average)
@@ -50,6 +59,7 @@ def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
         full_depth=cfg.model.depth,
         run=cfg.run.name,
         step=read_json(checkpoint / STATE_NAME)["step"],
+        data=cfg.data.train,
         average=average,
         accuracy=accuracy,
         evaluated_at=evaluated_at,
