@@ -106,6 +106,7 @@ def _custom_config(model: ModelConfig) -> dict[str, Any]:
         "network": model.model_dump(mode="json"),
         "hidden_size": model.dim,
         "num_hidden_layers": model.depth,
+        "tie_word_embeddings": isinstance(model, BertConfig) and not model.num_classes,
     }
 
 

@@ -8,15 +8,26 @@ from safetensors.torch import save_file
 from torch import nn
 
 from acn_scale.config import MixerConfig, ModelConfig, ViTConfig
-from acn_scale.convert.export import CONFIG_NAME, WEIGHTS_NAME
+from acn_scale.convert.export import CONFIG_NAME, WEIGHTS_NAME, read_safetensors
 from acn_scale.convert.names import TIMM_MIXER, TIMM_VIT, TIMM_VIT_MEAN, Names, to_ours, to_theirs
 from acn_scale.convert.network import Card, Images, Network, network, shapes_of
 from acn_scale.convert.twins import check_eps, check_residual
 from acn_scale.errors import UserError
 from acn_scale.models.layers import EPS
-from acn_scale.runs import write_json
+from acn_scale.runs import read_json, write_json
 
 log = logging.getLogger(__name__)
+
+# (patch_size, num_blocks, embed_dim) of timm's Mixers.
+MIXERS = {
+    "mixer_s32_224": (32, 8, 512),
+    "mixer_s16_224": (16, 8, 512),
+    "mixer_b32_224": (32, 12, 768),
+    "mixer_b16_224": (16, 12, 768),
+    "mixer_l32_224": (32, 24, 1024),
+    "mixer_l16_224": (16, 24, 1024),
+}
+MIXER_MODULE = "timm.models.mlp_mixer"
 
 
 def write_timm(net: Network, folder: Path, dtype: str) -> None:
@@ -43,27 +54,44 @@ def read_timm(name: str) -> Network:
 
     Raises UserError for any but its plain ViT and Mixer.
     """
-    import timm  # here: it takes seconds
-
-    path = Path(name)
-    folder = path.parent if path.is_file() else path
+    source, path = f"timm:{name}", Path(name)
     try:
-        theirs = timm.create_model(f"local-dir:{folder}" if folder.is_dir() else name, pretrained=True)
+        theirs = _theirs(path.parent if path.is_file() else path, name)
+    except UserError:
+        raise
     except Exception as error:  # of many kinds: no such name, no network, a file that does not fit
-        raise UserError(f"timm:{name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
-    source = f"timm:{name}"
+        raise UserError(f"{source}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
     model = _config(theirs, source)
     given = theirs.pretrained_cfg
-    classes = given.get("label_names") or [str(number) for number in range(model.num_classes)]
-    images = Images(
-        mean=list(given["mean"]),
-        std=list(given["std"]),
-        classes=list(classes),
-        resize=None if given["crop_pct"] == 1 else int(model.image_size / given["crop_pct"]),
-    )
+    images = None
+    if "mean" in given:
+        classes = given.get("label_names") or [str(number) for number in range(model.num_classes)]
+        crop = given.get("crop_pct", 1)
+        images = Images(
+            mean=list(given["mean"]),
+            std=list(given["std"]),
+            classes=list(classes),
+            resize=None if crop == 1 else int(model.image_size / crop),
+        )
     weights = to_ours(theirs.state_dict(), shapes_of(model), _names(model), source)
     card = Card(model=model, source=source, full_depth=model.depth, images=images)
     return network(card, {key: [weight] for key, weight in weights.items()})
+
+
+def _theirs(folder: Path, name: str) -> nn.Module:
+    import timm  # here: it takes seconds
+    from timm.models.mlp_mixer import MlpMixer
+
+    if not folder.is_dir():
+        return timm.create_model(name, pretrained=True)
+    values = read_json(folder / CONFIG_NAME)
+    if values.get("architecture") != MIXER_MODULE:
+        read_safetensors(folder / WEIGHTS_NAME)  # what is damaged is told by us
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+    mixer = MlpMixer(**values["model_args"], num_classes=values["num_classes"])
+    mixer.load_state_dict({key: pieces[0] for key, pieces in read_safetensors(folder / WEIGHTS_NAME).items()})
+    mixer.pretrained_cfg = values["pretrained_cfg"]
+    return mixer
 
 
 def _names(model: ModelConfig) -> Names:
@@ -83,12 +111,18 @@ def _names(model: ModelConfig) -> Names:
 
 def _arguments(model: ViTConfig | MixerConfig) -> tuple[str, dict[str, Any]]:
     """The architecture, and what has to be said of the model besides."""
-    shape = {"img_size": model.image_size, "patch_size": model.patch_size, "embed_dim": model.dim}
-    shape |= {"in_chans": model.channels}
+    shape = {"img_size": model.image_size, "in_chans": model.channels}
     if isinstance(model, MixerConfig):
-        ratios = [_ratio(width, model.dim) for width in (model.token_dim, model.channel_dim)]
-        return "mixer_b16_224", shape | {"num_blocks": model.depth, "mlp_ratio": ratios}
+        ratios = {"mlp_ratio": [_ratio(width, model.dim) for width in (model.token_dim, model.channel_dim)]}
+        size = {"patch_size": model.patch_size, "num_blocks": model.depth, "embed_dim": model.dim}
+        name = next((name for name, fixed in MIXERS.items() if fixed == tuple(size.values())), None)
+        if name is not None:  # which sets the size, and does not let others set it
+            return name, shape | ratios
+        log.warning("timm.create_model has no Mixer of %s; %s.MlpMixer(**model_args, num_classes=%d) takes the weights",
+                    size, MIXER_MODULE, model.num_classes)  # fmt: skip
+        return MIXER_MODULE, shape | ratios | size
     pool = {"global_pool": "token"} if model.pool == "cls" else {"global_pool": "avg", "class_token": False}
+    shape |= {"patch_size": model.patch_size, "embed_dim": model.dim}
     shape |= {"depth": model.depth, "num_heads": model.num_heads}
     shape["mlp_ratio"] = _ratio(round(model.mlp_ratio * model.dim), model.dim)
     return "vit_base_patch16_224", shape | pool
