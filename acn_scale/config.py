@@ -237,6 +237,12 @@ class TrainConfig(Section):
         "the parameters (ZeRO-3)",
     )  # fmt: skip
     compile: bool = Field(False, description="torch.compile each block (not with ZeRO-3)")
+    init_from: str | None = Field(
+        None,
+        min_length=1,
+        description="start from the weights of a run, a checkpoint, an export, hf:FOLDER or timm:NAME_OR_FILE; another "
+        "connectivity's joins and a head of other classes keep their own start",
+    )
     batch_ramp: Duration = Field(
         "0step", description="at first an eighth of the global batch, doubled three times at equal intervals of this"
     )

@@ -15,6 +15,7 @@ from acn_scale import checkpoint, distributed
 from acn_scale.checkpoint import Checkpoints
 from acn_scale.cli import config_from_args, exit_on_user_error
 from acn_scale.config import Config
+from acn_scale.convert.start import start_from
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.stream import Evaluation, Stream
 from acn_scale.depth import cutoff, depth_figure, evaluate, step_flops, tokens_per_sample
@@ -84,9 +85,13 @@ class Trainer:
         torch.manual_seed(cfg.run.seed)  # the same initial weights on every rank
         model = build_model(cfg.model)
         log.info("%s", describe(cfg, model, horizon, distributed.world_size()))
-        self.engine = build_engine(model, cfg, device, distributed.world_size())
         keep_every = cfg.checkpoint.keep_every and horizon.count(cfg.checkpoint.keep_every)
         self.checkpoints = Checkpoints(folder, keep=cfg.checkpoint.keep, keep_every=keep_every)
+        self.resumed = self.checkpoints.newest()
+        if cfg.train.init_from and self.resumed is None:
+            with distributed.together():
+                start_from(model, cfg.model, cfg.train.init_from)
+        self.engine = build_engine(model, cfg, device, distributed.world_size())
         self.average = WeightAverage(self.engine, cfg.train.ema_decay) if cfg.train.ema_decay else None
         self.guard = Guard(cfg.health)
         self.stall = 0.0  # seconds that the last checkpoint held training up
@@ -98,7 +103,7 @@ class Trainer:
 
     def run(self) -> bool:
         """All steps that are left; False where a signal stopped it before the end."""
-        step = self.load(self.checkpoints.newest())
+        step = self.load(self.resumed)
         stop = False
         with (
             Metrics(self.folder, step=step, rank=self.rank) as self.metrics,

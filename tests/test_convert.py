@@ -1,5 +1,6 @@
 """What comes out of a conversion computes what went in, and a mistake leaves nothing behind."""
 
+import io
 import json
 import os
 import shutil
@@ -9,16 +10,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from made import write_folder
+from PIL import Image
 from safetensors.torch import load_file
-from test_models import randomize
+from test_models import batch_for, randomize
+from test_pretrain import refused, run, run_until
 from torch import Tensor
 
-from acn_scale.config import BertConfig, MixerConfig, ModelConfig, ViTConfig
+from acn_scale import pretrain, reshape
+from acn_scale.checkpoint import complete
+from acn_scale.config import BertConfig, Config, MixerConfig, ModelConfig, ViTConfig
 from acn_scale.convert import convert, read_model
+from acn_scale.convert.export import write_export
+from acn_scale.convert.hugging_face import write_hugging_face
 from acn_scale.convert.network import Card, Images, Network
+from acn_scale.convert.start import start_from
+from acn_scale.data.images import ImageDecoder
+from acn_scale.data.samples import Key
+from acn_scale.data.shards import ShardIndex
+from acn_scale.data.tokenizer import TOKENIZER_NAME, load_tokenizer, train_tokenizer
+from acn_scale.errors import UserError
 from acn_scale.models import build_model
+from acn_scale.models.connectivity import CONNECTIVITY
+from acn_scale.runs import run_folder
 
 CONVERT = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
 IMAGES = {"image_size": 8, "patch_size": 4, "num_classes": 5, "depth": 3, "dim": 16}
@@ -59,14 +78,12 @@ def same(one: Network, other: Network) -> bool:
 
 
 @pytest.fixture
-def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def exported(tmp_path: Path) -> Callable[..., Path]:
     """Converts a network by way of the library's own function, to a new folder."""
 
     def export(net: Network, to: str, **keys: Any) -> Path:
         source, out = tmp_path / f"source_{to}", tmp_path / f"{to}_{len(list(tmp_path.iterdir()))}"
         source.mkdir()
-        from acn_scale.convert.export import write_export
-
         write_export(net, source, "fp32")
         convert(str(source), to, out, **keys)
         shutil.rmtree(source)
@@ -132,33 +149,36 @@ def test_transformers(exported: Callable[..., Path], model: ModelConfig) -> None
         assert same(read_model(f"hf:{folder}"), net)
 
 
-def test_custom_code_needs_no_package_of_ours(exported: Callable[..., Path]) -> None:
-    """In a process that does not find acn_scale; also as a classifier with a new head, in 16 bits, and trained."""
-    net = network(bert(connectivity="acn"))
-    folder = exported(net, "hf", depth=2)
-    inputs, expected = inputs_of(net.cut(2))
-    torch.save({"inputs": inputs, "expected": expected}, folder / "batch.pt")
-    code = f"""
-import sys, importlib.util
-sys.path[:] = [path for path in sys.path if path and not importlib.util.spec_from_file_location("x", path + "/acn_scale/__init__.py")
-               or not __import__("os").path.exists(path + "/acn_scale/__init__.py")]
+WITHOUT_US = """
+import importlib.util, pathlib, sys
+sys.path[:] = [path for path in sys.path if path and not (pathlib.Path(path) / "acn_scale").is_dir()]
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
-import torch, transformers
 assert importlib.util.find_spec("acn_scale") is None
-batch = torch.load({str(folder / "batch.pt")!r})
-keys = dict(trust_remote_code=True)
-model = transformers.AutoModelForMaskedLM.from_pretrained({str(folder)!r}, **keys).eval()
+import torch
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+batch = torch.load("batch.pt")
+model = AutoModelForMaskedLM.from_pretrained(".", trust_remote_code=True).eval()
 with torch.no_grad():
     torch.testing.assert_close(model(**batch["inputs"]).logits, batch["expected"], rtol=0, atol=1e-5)
 assert model.network.head.decoder.weight is model.network.embed.token.weight
-model = transformers.AutoModelForSequenceClassification.from_pretrained({str(folder)!r}, num_labels=4, dtype=torch.bfloat16, **keys)
+options = {"num_labels": 4, "dtype": torch.bfloat16, "trust_remote_code": True}
+model = AutoModelForSequenceClassification.from_pretrained(".", **options)
 loss = model(**batch["inputs"], labels=torch.tensor([0, 1, 3])).loss
 loss.backward()
 assert loss.isfinite() and model.network.head.linear.weight.shape == (4, 16)
 assert not [name for name, weight in model.named_parameters() if weight.grad is None]
 """
+
+
+def test_custom_code_needs_no_package_of_ours(exported: Callable[..., Path]) -> None:
+    """In a process that does not find acn_scale; also as a classifier with a new head, in 16 bits, trained."""
+    net = network(bert(connectivity="acn"))
+    folder = exported(net, "hf", depth=2)
+    inputs, expected = inputs_of(net.cut(2))
+    torch.save({"inputs": inputs, "expected": expected}, folder / "batch.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", WITHOUT_US]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -208,3 +228,177 @@ def test_programs(exported: Callable[..., Path], model: ModelConfig) -> None:
         torch.testing.assert_close(program(*inputs), expected, rtol=0, atol=1e-5)
         (got,) = session.run(None, dict(zip(names, (each.numpy() for each in inputs), strict=True)))
         torch.testing.assert_close(torch.from_numpy(got), expected, rtol=0, atol=1e-5)
+
+
+def trained(cfg: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A whole run; the engine's own fp32 weights after it, and this rank's part of their average."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    class Kept(pretrain.Trainer):
+        def run(self) -> bool:
+            trainers.append(self)
+            return super().run()
+
+    trainers: list[pretrain.Trainer] = []
+    whole, pretrain.Trainer = pretrain.Trainer, Kept
+    try:
+        run(cfg)
+    finally:
+        pretrain.Trainer = whole
+    engine = trainers[0].engine
+    named = dict(engine.module.named_parameters())
+    if cfg.train.zero_stage:
+        weights = {name: safe_get_full_fp32_param(parameter) for name, parameter in named.items()}
+    else:
+        weights = dict(zip(reshape.names_in_order(engine), reshape._in_order(engine.optimizer)[1], strict=True))
+    return {name: weight.detach().clone() for name, weight in weights.items()}, trainers[0].average.average
+
+
+def check_read(two_ranks: Callable, cfg: Config) -> None:
+    (weights, first), (_, second) = two_ranks(trained, cfg)
+    for read, expected in ((read_model(run_folder(cfg)), weights),
+                           (read_model(run_folder(cfg), average=True), first | second)):  # fmt: skip
+        got = read.weights()
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in got)
+    assert read.card.step == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_of_every_stage(two_ranks: Callable, vit: Callable[..., Config], stage: int, precision: str) -> None:
+    """Those that the optimizer keeps in fp32, bit for bit; some do not divide by the ranks."""
+    train = {"zero_stage": stage, "precision": precision, "length": "2step", "ema_decay": 0.5}
+    check_read(two_ranks, vit(model={"depth": 1, "dim": 6, "connectivity": "denseformer"}, train=train))
+
+
+@pytest.fixture
+def text_run(tmp_path: Path) -> Callable[..., Config]:
+    """A tiny run on random tokens."""
+    random, model = np.random.default_rng(0), bert(connectivity="acn", depth=2)
+    records = [{"npy": random.integers(5, 300, (1, 7)).astype(np.uint16)} for _ in range(40)]
+    for split in ("train", "eval"):
+        folder = write_folder(tmp_path / split, [records], {"kind": "text", "vocab_size": 300, "tokens": 7})
+        train_tokenizer(WORDS, 60, tmp_path / "tokenizer")
+        shutil.copy(tmp_path / "tokenizer" / TOKENIZER_NAME, folder)
+
+    def build(**train: Any) -> Config:
+        return Config(
+            run={"name": "text", "dir": str(tmp_path / "runs")},
+            model=model.model_dump(),
+            data={"kind": "text", "train": str(tmp_path / "train"), "eval": str(tmp_path / "eval"), "streams": 2},
+            optim={"lr": 1e-3},
+            train={"length": "2step", "global_batch_size": 8, "ema_decay": 0.5} | train,
+        )
+
+    return build
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_tied_weights_are_stored_once(two_ranks: Callable, text_run: Callable[..., Config], stage: int) -> None:
+    cfg = text_run(zero_stage=stage)
+    check_read(two_ranks, cfg)
+    out = run_folder(cfg) / "export"
+    convert(str(run_folder(cfg)), "safetensors", out)
+    assert "head.decoder.weight" not in load_file(out / "model.safetensors")
+    net = read_model(out)
+    assert net.model.head.decoder.weight is net.model.embed.token.weight
+    assert net.tokenizer == (Path(cfg.data.train) / TOKENIZER_NAME).read_bytes()
+
+
+@pytest.mark.parametrize("model", [
+    *(vit(connectivity=connectivity) for connectivity in CONNECTIVITY), mixer(connectivity="acn"),
+    bert(connectivity="acn"), bert(connectivity="highway", norm="pre", num_classes=3),
+], ids=described)  # fmt: skip
+def test_a_cut_network_is_the_readout(exported: Callable[..., Path], model: ModelConfig) -> None:
+    """Bit for bit after a reload, at every depth; by tolerance, at the cut-off."""
+    net = network(model)
+    batch = batch_for(net.model) | {"labels": torch.zeros(4, dtype=torch.long)}
+    batch = {name: values for name, values in batch.items() if name != "labels"}
+    if model.num_classes and isinstance(model, BertConfig):
+        del batch["masked"]
+    readouts = list(net.model.readouts(**batch))
+    cuts = [({"depth": depth}, depth) for depth in (1, 2, 3)] + [({"tolerance": 1.5}, 2), ({"tolerance": 45.0}, 1)]
+    for keys, depth in cuts:
+        back = read_model(exported(net, "safetensors", **keys))
+        assert torch.equal(back.model(**batch)["logits"], readouts[depth])
+        assert back.card.model.depth == len(back.model.trunk.blocks) == depth
+        assert back.card.full_depth == 3
+        assert back.card.accuracy == CURVE
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_16_bits(exported: Callable[..., Path], dtype: str) -> None:
+    """Each weight is rounded once."""
+    net = network(vit(connectivity="acn"))
+    out = exported(net, "safetensors", dtype=dtype)
+    expected = net.weights(dtype)
+    stored = load_file(out / "model.safetensors")
+    assert all(torch.equal(stored[name], expected[name]) for name in expected)
+    assert all(torch.equal(weight, expected[name].float()) for name, weight in read_model(out).weights().items())
+
+
+WORDS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs"] * 30
+TEXTS_TO_READ = st.text() | st.lists(
+    st.sampled_from([*" ".join(WORDS[:2]).split(), " ", "  ", "\n", "é", "[MASK]x"])
+).map("".join)
+
+
+@pytest.fixture(scope="module", params=["unigram", "bpe"])
+def tokenizers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Ours, and what Transformers loads."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(WORDS, 60, folder, model=request.param)
+    out = folder / "hf"
+    source = folder / "source"
+    source.mkdir()
+    write_export(network(bert(connectivity="acn"), (folder / TOKENIZER_NAME).read_bytes()), source, "fp32")
+    convert(str(source), "hf", out)
+    return load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(out)
+
+
+@given(text=TEXTS_TO_READ)
+def test_tokenizer(tokenizers: tuple[Any, Any], text: str) -> None:
+    ours, theirs = tokenizers
+    pieces = [ours.IdToPiece(number) for number in range(5)]
+    assume(not any(piece in text for piece in pieces))  # Transformers takes these for what they stand for
+    assert theirs(text).input_ids == [2, *ours.EncodeAsIds(text), 3]
+
+
+def test_tokenizer_knows_the_special_pieces(tokenizers: tuple[Any, Any]) -> None:
+    _, theirs = tokenizers
+    special = (theirs.pad_token_id, theirs.unk_token_id, theirs.cls_token_id, theirs.sep_token_id, theirs.mask_token_id)
+    assert special == (0, 1, 2, 3, 4)
+    assert theirs("the [MASK] fox").input_ids[2:-2].count(4) == 1
+    pair = theirs("the fox", "the dog", padding="max_length")
+    assert pair.input_ids.count(3) == 2
+    assert sorted(set(pair.token_type_ids)) == [0, 1]
+    assert theirs.model_max_length == 7
+
+
+@pytest.mark.parametrize(("channels", "augment"), [(1, "none"), (3, "none"), (3, "crop_flip")])
+def test_image_processor(tmp_path: Path, vit: Callable[..., Config], channels: int, augment: str) -> None:
+    """It makes of an image what our evaluation makes of it."""
+    import transformers
+
+    size = (8, 8) if augment == "none" else (13, 11)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
+    stats = {"mean": [0.4, 0.5, 0.6][:channels], "std": [0.2, 0.25, 0.3][:channels]}
+    cfg = vit(data={"augment": augment} | stats, model={"channels": channels, "connectivity": "residual"})
+    index = ShardIndex.load(cfg.data.eval)
+    decoder = ImageDecoder(cfg.data, cfg.model, index, stats, training=False)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    sample = decoder.decode({"png": buffer.getvalue(), "cls": b"1"}, 0, Key(0, 0, 0))
+    expected = decoder.collate([sample], [Key(0, 0, 0)])["images"]
+    net = network(cfg.model)
+    images = Images(**stats, classes=["a"] * 10, resize=9 if cfg.data.crops else None)
+    net = Network(net.model, net.card.model_copy(update={"images": images}))
+    (tmp_path / "hf").mkdir()
+    write_hugging_face(net, tmp_path / "hf", "fp32")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    given = image if channels == 3 else image.convert("L")
+    got = processor(given, return_tensors="pt").pixel_values
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
