@@ -39,8 +39,11 @@ def is_export(folder: Path) -> bool:
 def read_export(folder: Path) -> Network:
     """Raises UserError for a folder of another version, and for weights that are damaged."""
     values = read_json(folder / CONFIG_NAME)
-    if values["version"] != FORMAT["version"]:
-        raise UserError(f"{folder / CONFIG_NAME}: version {values['version']}: this is version {FORMAT['version']}")
+    if values.get("version") != FORMAT["version"]:
+        version = values.get("version")
+        raise UserError(
+            f"{folder / CONFIG_NAME}: version = {version}: must be {FORMAT['version']}, or another acn_scale"
+        )
     checksum = values.get("sha256")
     known = {name: value for name, value in values.items() if name not in (*FORMAT, "dtype", "sha256")}
     try:

@@ -139,7 +139,7 @@ def read_hugging_face(folder: Path) -> Network:
     weights = _weights(folder)
     try:
         model = _config(values, weights, source)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / CONFIG_NAME}: {error!r}") from None
     except ValidationError as error:
         first = error.errors()[0]

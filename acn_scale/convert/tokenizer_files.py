@@ -12,8 +12,11 @@ SPACE = "\u2581"  # SentencePiece's mark for a space
 
 
 def write_tokenizer(content: bytes, folder: Path, max_tokens: int) -> None:
-    """`content` is a SentencePiece model, unigram or BPE. Sequences become [CLS] text [SEP], or with two texts
-    [CLS] first [SEP] second [SEP]."""
+    """`content` is a SentencePiece model, unigram or BPE. Sequences become [CLS] text [SEP], or of two texts
+    [CLS] first [SEP] second [SEP].
+
+    Of two splits with the very same score (== = and = ==) it may take the other one: SentencePiece adds up in fp32.
+    """
     from sentencepiece import sentencepiece_model_pb2  # here: protobuf is needed for nothing else
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(content)
@@ -27,9 +30,9 @@ def write_tokenizer(content: bytes, folder: Path, max_tokens: int) -> None:
             "padding": None,
             "added_tokens": [_added(number, pieces[number][0]) for number in SPECIAL.values()],
             "normalizer": _normalizer(proto.normalizer_spec),
-            "pre_tokenizer": _spaces(),
+            "pre_tokenizer": _spaces("never"),
             "post_processor": _template(names),
-            "decoder": _spaces(),
+            "decoder": _spaces("always"),
             "model": _model(pieces, unigram=proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM),
         },
     )
@@ -44,18 +47,19 @@ def _added(number: int, piece: str) -> dict[str, Any]:
 
 
 def _normalizer(spec: Any) -> dict[str, Any]:
-    """SentencePiece's own table of characters, then single spaces without any at the ends."""
+    """SentencePiece's own table of characters, then single spaces, none at the ends but its mark in front."""
     steps: list[dict[str, Any]] = []
     if spec.precompiled_charsmap:
         table = base64.b64encode(spec.precompiled_charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": table})
-    steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
-    steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    for pattern, content in (("^ +", ""), (" +$", ""), (" +", SPACE)):
+        steps.append({"type": "Replace", "pattern": {"Regex": pattern}, "content": content})
+    steps.append({"type": "Prepend", "prepend": SPACE})
     return {"type": "Sequence", "normalizers": steps}
 
 
-def _spaces() -> dict[str, Any]:
-    return {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
+def _spaces(prepend: str) -> dict[str, Any]:
+    return {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": prepend, "split": True}
 
 
 def _template(names: dict[str, str]) -> dict[str, Any]:

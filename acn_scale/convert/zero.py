@@ -53,7 +53,9 @@ def weights(checkpoint: Path, *, average: bool = False) -> Pieces:
             return _whole(checkpoint, state["parameters"])
         parts = [_optimizer_state(checkpoint, rank) for rank in range(ranks)]
         return _slices(parts) if stage < 3 else _partitions(parts, _shapes(checkpoint))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, StopIteration) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{checkpoint}: not a checkpoint of this version: {error!r}") from None
 
 
