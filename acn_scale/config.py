@@ -181,6 +181,11 @@ class ImageDataConfig(StreamConfig):
     mask_ratio: ClassVar[float] = 0.0
 
     @property
+    def crops(self) -> bool:
+        """Whether images come in any size: training takes a random crop, evaluation the centre."""
+        return self.augment in ("crop_flip", "randaugment")
+
+    @property
     def group(self) -> int:
         """Neighbours in the order of the data that stay together on one rank: the pairs that Mixup and CutMix mix."""
         return 2 if self.mixup > 0 or self.cutmix > 0 else 1
@@ -232,6 +237,12 @@ class TrainConfig(Section):
         "the parameters (ZeRO-3)",
     )  # fmt: skip
     compile: bool = Field(False, description="torch.compile each block (not with ZeRO-3)")
+    init_from: str | None = Field(
+        None,
+        min_length=1,
+        description="start from the weights of a run, a checkpoint, an export, hf:FOLDER or timm:NAME_OR_FILE; another "
+        "connectivity's joins and a head of other classes keep their own start",
+    )
     batch_ramp: Duration = Field(
         "0step", description="at first an eighth of the global batch, doubled three times at equal intervals of this"
     )

@@ -1,6 +1,12 @@
 """Files that are there whole, or not at all."""
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from acn_scale.errors import UserError
 
 
 def write_file(path: Path, content: bytes) -> Path:
@@ -8,3 +14,23 @@ def write_file(path: Path, content: bytes) -> Path:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     return temporary.replace(path)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that gets its name when the block ends, and is removed when it fails.
+
+    Raises UserError where there is something under that name, or the folder cannot be written.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"--out {path}: is there already; name a folder that is new or empty")
+    temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(path)
+    except OSError as error:
+        raise UserError(f"--out {path}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

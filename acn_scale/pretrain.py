@@ -14,6 +14,7 @@ from acn_scale import checkpoint, distributed
 from acn_scale.checkpoint import Checkpoints
 from acn_scale.cli import config_from_args, exit_on_user_error
 from acn_scale.config import Config
+from acn_scale.convert.start import start_from
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.stream import Evaluation, Stream
 from acn_scale.dead_blocks import DeadBlocks
@@ -92,12 +93,15 @@ class Trainer:
         self.peak_rate = peak_rate(device, cfg.train.precision)
         self.window = Window(tokens_per_sample(cfg.model), device)
 
-    def build(self, depth: int) -> None:
-        """The network, of so many blocks, in an engine."""
+    def build(self, depth: int, *, fresh: bool) -> None:
+        """The network, of so many blocks, in an engine; `fresh`: with the weights that the run starts from."""
         cfg = self.cfg.model_copy(update={"model": self.cfg.model.model_copy(update={"depth": depth})})
         torch.manual_seed(cfg.run.seed)  # the same initial weights on every rank
         model = build_model(cfg.model)
         log.info("%s", describe(cfg, model, self.horizon, distributed.world_size()))
+        if fresh and cfg.train.init_from:
+            with distributed.together():
+                start_from(model, cfg.model, cfg.train.init_from)
         self.engine = build_engine(model, cfg, self.device, distributed.world_size())
         self.average = WeightAverage(self.engine, cfg.train.ema_decay) if cfg.train.ema_decay else None
         self.flops_per_sample = step_flops(cfg.model, cfg.data.mask_ratio) if self.peak_rate else 0
@@ -218,7 +222,7 @@ class Trainer:
         self.watchdog.beat(0, "reshape")  # which may take as long as it needs
         depth = checkpoint.read_state(path)["depth"] if path else self.cfg.model.depth
         if depth != self.depth:
-            self.build(depth)
+            self.build(depth, fresh=path is None)
         if path is None:
             return 0
         state = checkpoint.load(self.engine, self.stream, path)

@@ -1,36 +1,12 @@
 """What runs have measured, side by side: tables in text, curves as pictures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from acn_scale.config import Config, TextDataConfig
+from acn_scale.config import TextDataConfig
 from acn_scale.data.shards import ShardIndex
 from acn_scale.depth import cost, cutoff, depth_figure
-from acn_scale.errors import UserError
-from acn_scale.runs import read_config, read_metrics
-
-
-@dataclass(frozen=True)
-class Result:
-    """The last evaluation of a run; accuracies are shares (0..1) at depth 0, 1, ..."""
-
-    name: str
-    cfg: Config
-    step: int
-    loss: float
-    accuracy: list[float]
-
-
-def read_result(folder: Path) -> Result:
-    """Raises UserError for a folder that is no run, or one of a run that has not been evaluated yet."""
-    cfg = read_config(folder)
-    evaluations = [line for line in read_metrics(folder) if "eval/loss" in line]
-    if not evaluations:
-        raise UserError(f"{folder}: has no evaluation in its metrics.jsonl yet")
-    last = evaluations[-1]
-    accuracy = [last[f"eval/depth_{depth:02d}/accuracy"] for depth in range(last["depth/blocks"] + 1)]
-    return Result(folder.name, cfg, last["step"], last["eval/loss"], accuracy)
+from acn_scale.runs import Result, read_result
 
 
 def depth_report(folders: Sequence[Path], out: Path, tolerance: float) -> str:

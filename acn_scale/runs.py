@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,28 @@ def read_config(folder: Path) -> Config:
         return Config.model_validate(values)
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: not a config of this version: {error.errors()[0]['loc']}") from None
+
+
+@dataclass(frozen=True)
+class Result:
+    """The last evaluation of a run; accuracies are shares (0..1) at depth 0, 1, ..."""
+
+    name: str
+    cfg: Config
+    step: int
+    loss: float
+    accuracy: list[float]
+
+
+def read_result(folder: Path) -> Result:
+    """Raises UserError for a folder that is no run, or one of a run that has not been evaluated yet."""
+    cfg = read_config(folder)
+    evaluations = [line for line in read_metrics(folder) if "eval/loss" in line]
+    if not evaluations:
+        raise UserError(f"{folder}: has no evaluation in its metrics.jsonl yet")
+    last = evaluations[-1]
+    accuracy = [last[f"eval/depth_{depth:02d}/accuracy"] for depth in range(last["depth/blocks"] + 1)]
+    return Result(folder.name, cfg, last["step"], last["eval/loss"], accuracy)
 
 
 def read_json(path: Path) -> Any:

@@ -1,5 +1,6 @@
 """What the tests share: ranks, and the configs and shards of tiny runs."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 from ranks import Ranks
 
 from acn_scale.config import Config
+from acn_scale.convert import convert
+from acn_scale.convert.export import write_export
+from acn_scale.convert.network import Network
 from acn_scale.data.make_images import make_image_shards
 
 torch.set_num_threads(1)
@@ -64,3 +68,18 @@ def vit(digits: Path, tmp_path: Path) -> Callable[..., Config]:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Callable[..., Path]:
+    """Converts a network by way of the library's own function, to a new folder."""
+
+    def export(net: Network, to: str, **keys: Any) -> Path:
+        source, out = tmp_path / f"source_{to}", tmp_path / f"{to}_{len(list(tmp_path.iterdir()))}"
+        source.mkdir()
+        write_export(net, source, "fp32")
+        convert(str(source), to, out, **keys)
+        shutil.rmtree(source)
+        return out
+
+    return export

@@ -16,7 +16,8 @@ ROWS = [
     {"log", "runs", "models", "data", "optim", "guard", "profiling"},
     {"engine", "reshape", "depth", "watchdog"},
     {"checkpoint", "ema", "memory", "dead_blocks"},
-    {"pretrain", "report", "batches"},
+    {"convert", "report", "batches"},
+    {"pretrain"},
     {"benchmark", "plan"},
 ]
 ONLY_IN = {"deepspeed": {"engine", "ema"}, "webdataset": {"data", "benchmark"}, "submitit": set()}

@@ -41,7 +41,7 @@ class ImageDecoder:
         self.mean, self.std = (
             torch.tensor(values).view(-1, 1, 1) for values in (cfg.mean or stats["mean"], cfg.std or stats["std"])
         )
-        self.crops = cfg.augment in ("crop_flip", "randaugment")
+        self.crops = cfg.crops
         self.erase = v2.RandomErasing(cfg.random_erasing, value="random", inplace=True)  # noise, as timm's "pixel"
         self.transforms = self._transforms()
 

@@ -10,7 +10,7 @@ from acn_scale.config import BertConfig
 from acn_scale.models.connectivity import Trunk, patterns
 from acn_scale.models.layers import MLP, Attention, initialize, post_norm_block, pre_norm_block
 
-EPS = 1e-12  # of LayerNorm, as in BERT
+BERT_EPS = 1e-12  # of LayerNorm, as in BERT
 
 
 class BertEmbed(nn.Module):
@@ -22,7 +22,7 @@ class BertEmbed(nn.Module):
         self.token = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.position = nn.Embedding(cfg.max_tokens, cfg.dim)
         self.segment = nn.Embedding(2, cfg.dim)
-        self.norm = nn.LayerNorm(cfg.dim, eps=EPS)
+        self.norm = nn.LayerNorm(cfg.dim, eps=BERT_EPS)
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -44,9 +44,9 @@ class MaskedLanguageHead(nn.Module):
 
     def __init__(self, cfg: BertConfig) -> None:
         super().__init__()
-        self.final_norm = nn.LayerNorm(cfg.dim, eps=EPS) if cfg.norm == "pre" else nn.Identity()
+        self.final_norm = nn.LayerNorm(cfg.dim, eps=BERT_EPS) if cfg.norm == "pre" else nn.Identity()
         self.dense = nn.Linear(cfg.dim, cfg.dim)
-        self.norm = nn.LayerNorm(cfg.dim, eps=EPS)
+        self.norm = nn.LayerNorm(cfg.dim, eps=BERT_EPS)
         self.decoder = nn.Linear(cfg.dim, cfg.vocab_size)
 
     def forward(self, x: Tensor, masked: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class ClassificationHead(nn.Module):
 
     def __init__(self, cfg: BertConfig) -> None:
         super().__init__()
-        self.final_norm = nn.LayerNorm(cfg.dim, eps=EPS) if cfg.norm == "pre" else nn.Identity()
+        self.final_norm = nn.LayerNorm(cfg.dim, eps=BERT_EPS) if cfg.norm == "pre" else nn.Identity()
         self.pooler = nn.Linear(cfg.dim, cfg.dim)
         self.dropout = nn.Dropout(cfg.dropout)
         self.linear = nn.Linear(cfg.dim, cfg.num_classes)
@@ -84,7 +84,7 @@ class Bert(nn.Module):
 
         def block() -> nn.Module:
             ops = [Attention(cfg.dim, cfg.num_heads, dropout=cfg.dropout), MLP(cfg.dim, round(cfg.mlp_ratio * cfg.dim))]
-            return build_block(ops, inner, cfg.dim, dropout=cfg.dropout, eps=EPS)
+            return build_block(ops, inner, cfg.dim, dropout=cfg.dropout, eps=BERT_EPS)
 
         self.embed = BertEmbed(cfg)
         self.trunk = Trunk([block() for _ in range(cfg.depth)], between, cfg.dim, recompute=cfg.recompute)

@@ -151,7 +151,7 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"images of shape {tuple(images.shape[1:])}: the model takes {self.image_shape}")
         x = self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), 1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], 1, -1), x], dim=1)
         if self.positions is not None:
             x = x + (self.pos_embed if self.positions == "learned" else self.pos_table.to(x.dtype))
         return self.dropout(x)

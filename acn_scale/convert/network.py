@@ -1,0 +1,110 @@
+"""A trained network by itself: the model with its weights, and a card that says what it is and where it came from."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from acn_scale.config import ModelConfig, Section
+from acn_scale.convert.zero import Pieces
+from acn_scale.depth import cutoff
+from acn_scale.errors import UserError
+from acn_scale.models import build_model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Images(Section):
+    """How an image becomes the model's input: pixels in 0..1, per channel (pixel - mean) / std."""
+
+    mean: list[float]
+    std: list[float]
+    classes: list[str]
+    resize: int | None  # of the shorter side, bicubic, before the centre crop; None: images come in the model's size
+
+
+class Card(Section):
+    """What is known of a network: config.json of an export, but for the checksum of its weights."""
+
+    model: ModelConfig  # its depth is the one after the cut
+    source: str  # folder or name that it was read from
+    full_depth: Annotated[int, Field(ge=1)]  # before the cut
+    run: str | None = None
+    step: int | None = None
+    data: str | None = None  # what it was trained on
+    average: bool = False  # whether these are the moving average of the weights
+    accuracy: list[float] | None = None  # 0..1 at depth 0 ... full_depth, by the run's last evaluation
+    evaluated_at: int | None = None  # the step of that evaluation
+    images: Images | None = None  # None: for text, or not known
+
+
+@dataclass(frozen=True)
+class Network:
+    """`model` is in fp32, on the CPU and in evaluation mode. `tokenizer`: the SentencePiece model, for text."""
+
+    model: nn.Module
+    card: Card
+    tokenizer: bytes | None = None
+
+    def weights(self, dtype: Literal["fp32", "bf16", "fp16"] = "fp32") -> dict[str, Tensor]:
+        """By name; tied ones once."""
+        named = self.model.named_parameters()
+        return {name: weight.detach().to(DTYPES[dtype]).contiguous() for name, weight in named}
+
+    def cut(self, depth: int) -> "Network":
+        """The network that ends after `depth` blocks, with the same head. This one's model is used up.
+
+        Raises UserError for a depth that is not 1 to the model's.
+        """
+        model = self.card.model
+        if not 1 <= depth <= model.depth:
+            raise UserError(f"--depth {depth}: must be 1 to {model.depth}, the number of blocks in {self.card.source}")
+        self.model.trunk.truncate(depth)
+        card = self.card.model_copy(update={"model": model.model_copy(update={"depth": depth})})
+        return Network(self.model, card, self.tokenizer)
+
+    def cut_within(self, tolerance: float) -> "Network":
+        """Cut at the smallest depth, 1 or more, within `tolerance` points of full depth. Raises UserError where no
+        accuracy by depth is known."""
+        if self.card.accuracy is None:
+            raise UserError(f"--tolerance {tolerance}: {self.card.source} has no accuracy by depth; give --depth")
+        depth = max(1, cutoff(self.card.accuracy, tolerance))
+        return self.cut(min(depth, self.card.model.depth))
+
+
+def shapes_of(model: ModelConfig) -> dict[str, torch.Size]:
+    """Of a model's weights, without building it."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in build_model(model).named_parameters()}
+
+
+def network(card: Card, weights: Pieces, tokenizer: bytes | None = None) -> Network:
+    """Build the model of a card with these weights, by name and piece by piece.
+
+    Raises UserError where names or sizes are not the model's.
+    """
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and written over
+        model = build_model(card.model).eval().requires_grad_(False)
+    named = dict(model.named_parameters())
+    if strange := [*(named.keys() - weights.keys()), *(weights.keys() - named.keys())]:
+        name = min(strange)
+        place = f"lacks {name}" if name in named else f"has {name}, which this model has not"
+        raise UserError(f"{card.source}: {place}; are these the weights of another model?")
+    for name, parameter in named.items():
+        _fill(parameter, weights[name], f"{card.source}: {name}")
+    return Network(model, card, tokenizer)
+
+
+def _fill(parameter: Tensor, pieces: list[Tensor], what: str) -> None:
+    size, first = sum(piece.numel() for piece in pieces), pieces[0]
+    whole = len(pieces) == 1
+    if size < parameter.numel() or (whole and first.shape not in (parameter.shape, (parameter.numel(),))):
+        given = tuple(first.shape) if whole else f"{size} numbers"
+        raise UserError(f"{what} has {given}, and {tuple(parameter.shape)} in a model of this config")
+    flat, start = parameter.view(-1), 0
+    for piece in pieces:
+        piece = piece.reshape(-1)[: len(flat) - start]
+        flat[start : start + len(piece)] = piece
+        start += len(piece)

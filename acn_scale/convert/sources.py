@@ -1,0 +1,99 @@
+"""Whatever holds a trained network -> the network: a run, a checkpoint, an export."""
+
+import logging
+import math
+from pathlib import Path
+
+from acn_scale.checkpoint import STATE_NAME, complete, read_state
+from acn_scale.config import Config, ImageDataConfig
+from acn_scale.convert.export import is_export, read_export
+from acn_scale.convert.hugging_face import read_hugging_face
+from acn_scale.convert.network import Card, Images, Network, network
+from acn_scale.convert.timm_models import read_timm
+from acn_scale.convert.zero import weights
+from acn_scale.data.shards import ShardIndex
+from acn_scale.data.storage import read_file
+from acn_scale.data.tokenizer import TOKENIZER_NAME
+from acn_scale.errors import UserError
+from acn_scale.runs import read_config, read_result
+
+log = logging.getLogger(__name__)
+
+FOREIGN = {"hf": lambda rest: read_hugging_face(Path(rest)), "timm": read_timm}
+
+
+def read_model(source: Path | str, *, average: bool = False) -> Network:
+    """Of a run folder (its newest complete checkpoint), a checkpoint, an export, hf:FOLDER or timm:NAME_OR_FILE.
+
+    `average` takes the moving average of a checkpoint's weights. Raises UserError for anything else, and for files
+    that are missing or damaged.
+    """
+    kind, _, rest = str(source).partition(":")
+    if kind in FOREIGN and rest:
+        if average:
+            raise UserError(f"{source}: holds no average of the weights beside them")
+        return FOREIGN[kind](rest)
+    folder = Path(source)
+    if (folder / STATE_NAME).exists():
+        return _read_checkpoint(folder, average)
+    if not average and is_export(folder):
+        return read_export(folder)
+    checkpoints = complete(folder)
+    if checkpoints:
+        return _read_checkpoint(checkpoints[-1], average)
+    raise UserError(f"{source}: holds no complete checkpoint and no export{' with an average' * average}")
+
+
+def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
+    run = checkpoint.absolute().parents[1]
+    cfg = read_config(run)
+    accuracy, evaluated_at = None, None
+    try:
+        result = read_result(run)
+        accuracy, evaluated_at = result.accuracy, result.step
+    except UserError as error:
+        log.warning("%s; the network goes without its accuracy by depth", error)
+    state = read_state(checkpoint)
+    depth = state["layout"]["depth"]  # which a run may have cut
+    card = Card(
+        model=cfg.model.model_copy(update={"depth": depth}),
+        source=str(checkpoint),
+        full_depth=depth,
+        run=cfg.run.name,
+        step=state["step"],
+        data=cfg.data.train,
+        average=average,
+        accuracy=accuracy,
+        evaluated_at=evaluated_at,
+        images=_images(cfg),
+    )
+    return network(card, weights(checkpoint, average=average), _tokenizer(cfg))
+
+
+def _images(cfg: Config) -> Images | None:
+    """What the shards say of the input, where they can still be read."""
+    data = cfg.data
+    if not isinstance(data, ImageDataConfig):
+        return None
+    try:
+        info = ShardIndex.load(data.train, data.remote).info
+    except UserError as error:
+        log.warning("%s; the network goes without its preprocessing", error)
+        return None
+    return Images(
+        mean=data.mean or info["mean"],
+        std=data.std or info["std"],
+        classes=info["classes"],
+        resize=math.floor(cfg.model.image_size / 0.875) if data.crops else None,
+    )
+
+
+def _tokenizer(cfg: Config) -> bytes | None:
+    """The file beside the shards, where it can still be read."""
+    if isinstance(cfg.data, ImageDataConfig):
+        return None
+    try:
+        return read_file(cfg.data.train, TOKENIZER_NAME, cfg.data.remote)
+    except OSError as error:
+        log.warning("%s/%s: %s; the network goes without its tokenizer", cfg.data.train, TOKENIZER_NAME, error)
+        return None

@@ -1,0 +1,66 @@
+"""Small networks without a zero among their weights, and what a conversion that is refused says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_models import randomize
+
+from acn_scale.config import BertConfig, MixerConfig, ModelConfig, ViTConfig
+from acn_scale.convert import convert
+from acn_scale.convert.network import Card, Images, Network
+from acn_scale.errors import UserError
+from acn_scale.models import build_model
+
+IMAGES = {"image_size": 8, "patch_size": 4, "num_classes": 5, "depth": 3, "dim": 16}
+
+TEXTS = {"vocab_size": 300, "max_tokens": 7, "num_heads": 2, "depth": 3, "dim": 16}
+
+CURVE = [0.1, 0.2, 0.59, 0.6]
+
+
+def vit(**keys: Any) -> ViTConfig:
+    return ViTConfig(**{"name": "vit", "connectivity": "residual", "num_heads": 2} | IMAGES | keys)
+
+
+def mixer(**keys: Any) -> MixerConfig:
+    widths = {"token_dim": 6, "channel_dim": 20}
+    return MixerConfig(**{"name": "mixer", "connectivity": "residual"} | widths | IMAGES | keys)
+
+
+def bert(**keys: Any) -> BertConfig:
+    return BertConfig(**{"name": "bert", "connectivity": "residual"} | TEXTS | keys)
+
+
+def network(model: ModelConfig, tokenizer: bytes | None = None) -> Network:
+    """No weight is zero."""
+    torch.manual_seed(0)
+    module = build_model(model).eval().requires_grad_(False)
+    randomize(module)
+    images = None
+    if not isinstance(model, BertConfig):
+        channels = model.channels
+        classes = [f"kind {number}" for number in range(model.num_classes)]
+        images = Images(mean=[0.4] * channels, std=[0.2] * channels, classes=classes, resize=9)
+    card = Card(model=model, source="here", full_depth=model.depth, accuracy=CURVE, evaluated_at=1, images=images)
+    return Network(module, card, tokenizer)
+
+
+def same(one: Network, other: Network) -> bool:
+    first, second = one.weights(), other.weights()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def described(model: ModelConfig) -> str:
+    return f"{model.name}-{model.connectivity}-{model.num_classes}"
+
+
+def complaint(source: Path | str, out: Path, to: str = "safetensors", **keys: Any) -> str:
+    """What a conversion that cannot be done says, in one line; nothing is left of it."""
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(UserError) as error:
+        convert(str(source), to, out, **keys)
+    assert sorted(out.parent.iterdir()) == before
+    assert "\n" not in str(error.value)
+    return str(error.value)

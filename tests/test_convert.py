@@ -1,0 +1,246 @@
+"""A network out of a checkpoint, whole or cut, is the one that was trained; a mistake leaves nothing behind."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from made import write_folder
+from networks import CURVE, bert, complaint, described, mixer, network, vit
+from safetensors.torch import load_file
+from test_models import batch_for
+from test_pretrain import refused, run, run_until
+from torch import Tensor
+
+from acn_scale import pretrain, reshape
+from acn_scale.checkpoint import complete
+from acn_scale.config import BertConfig, Config, ModelConfig
+from acn_scale.convert import convert, read_model
+from acn_scale.convert.start import start_from
+from acn_scale.data.tokenizer import TOKENIZER_NAME
+from acn_scale.errors import UserError
+from acn_scale.models import build_model
+from acn_scale.models.connectivity import CONNECTIVITY
+from acn_scale.runs import run_folder
+
+CONVERT = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
+
+
+def trained(cfg: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A whole run; the engine's own fp32 weights after it, and this rank's part of their average."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    class Kept(pretrain.Trainer):
+        def run(self) -> bool:
+            trainers.append(self)
+            return super().run()
+
+    trainers: list[pretrain.Trainer] = []
+    whole, pretrain.Trainer = pretrain.Trainer, Kept
+    try:
+        run(cfg)
+    finally:
+        pretrain.Trainer = whole
+    engine = trainers[0].engine
+    named = dict(engine.module.named_parameters())
+    if cfg.train.zero_stage:
+        weights = {name: safe_get_full_fp32_param(parameter) for name, parameter in named.items()}
+    else:
+        weights = dict(zip(reshape.names_in_order(engine), reshape._in_order(engine.optimizer)[1], strict=True))
+    return {name: weight.detach().clone() for name, weight in weights.items()}, trainers[0].average.average
+
+
+def check_read(two_ranks: Callable, cfg: Config) -> None:
+    (weights, first), (_, second) = two_ranks(trained, cfg)
+    for read, expected in ((read_model(run_folder(cfg)), weights),
+                           (read_model(run_folder(cfg), average=True), first | second)):  # fmt: skip
+        got = read.weights()
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in got)
+    assert read.card.step == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_of_every_stage(two_ranks: Callable, vit: Callable[..., Config], stage: int, precision: str) -> None:
+    """Those that the optimizer keeps in fp32, bit for bit; some do not divide by the ranks."""
+    train = {"zero_stage": stage, "precision": precision, "length": "2step", "ema_decay": 0.5}
+    check_read(two_ranks, vit(model={"depth": 1, "dim": 6, "connectivity": "denseformer"}, train=train))
+
+
+@pytest.fixture
+def text_run(tmp_path: Path) -> Callable[..., Config]:
+    """A tiny run on random tokens."""
+    random, model = np.random.default_rng(0), bert(connectivity="acn", depth=2)
+    records = [{"npy": random.integers(5, 300, (1, 7)).astype(np.uint16)} for _ in range(40)]
+    for split in ("train", "eval"):
+        folder = write_folder(tmp_path / split, [records], {"kind": "text", "vocab_size": 300, "tokens": 7})
+        (folder / TOKENIZER_NAME).write_bytes(b"pieces")
+
+    def build(**train: Any) -> Config:
+        return Config(
+            run={"name": "text", "dir": str(tmp_path / "runs")},
+            model=model.model_dump(),
+            data={"kind": "text", "train": str(tmp_path / "train"), "eval": str(tmp_path / "eval"), "streams": 2},
+            optim={"lr": 1e-3},
+            train={"length": "2step", "global_batch_size": 8, "ema_decay": 0.5} | train,
+        )
+
+    return build
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_tied_weights_are_stored_once(two_ranks: Callable, text_run: Callable[..., Config], stage: int) -> None:
+    cfg = text_run(zero_stage=stage)
+    check_read(two_ranks, cfg)
+    out = run_folder(cfg) / "export"
+    convert(str(run_folder(cfg)), "safetensors", out)
+    assert "head.decoder.weight" not in load_file(out / "model.safetensors")
+    net = read_model(out)
+    assert net.model.head.decoder.weight is net.model.embed.token.weight
+    assert net.tokenizer == (Path(cfg.data.train) / TOKENIZER_NAME).read_bytes()
+
+
+@pytest.mark.parametrize("model", [
+    *(vit(connectivity=connectivity) for connectivity in CONNECTIVITY), mixer(connectivity="acn"),
+    bert(connectivity="acn"), bert(connectivity="highway", norm="pre", num_classes=3),
+], ids=described)  # fmt: skip
+def test_a_cut_network_is_the_readout(exported: Callable[..., Path], model: ModelConfig) -> None:
+    """Bit for bit after a reload, at every depth; by tolerance, at the cut-off."""
+    net = network(model)
+    batch = batch_for(net.model) | {"labels": torch.zeros(4, dtype=torch.long)}
+    batch = {name: values for name, values in batch.items() if name != "labels"}
+    if model.num_classes and isinstance(model, BertConfig):
+        del batch["masked"]
+    readouts = list(net.model.readouts(**batch))
+    cuts = [({"depth": depth}, depth) for depth in (1, 2, 3)] + [({"tolerance": 1.5}, 2), ({"tolerance": 45.0}, 1)]
+    for keys, depth in cuts:
+        back = read_model(exported(net, "safetensors", **keys))
+        assert torch.equal(back.model(**batch)["logits"], readouts[depth])
+        assert back.card.model.depth == len(back.model.trunk.blocks) == depth
+        assert back.card.full_depth == 3
+        assert back.card.accuracy == CURVE
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_16_bits(exported: Callable[..., Path], dtype: str) -> None:
+    """Each weight is rounded once."""
+    net = network(vit(connectivity="acn"))
+    out = exported(net, "safetensors", dtype=dtype)
+    expected = net.weights(dtype)
+    stored = load_file(out / "model.safetensors")
+    assert all(torch.equal(stored[name], expected[name]) for name in expected)
+    assert all(torch.equal(weight, expected[name].float()) for name, weight in read_model(out).weights().items())
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 8)
+
+
+def test_refused_exports(exported: Callable[..., Path], tmp_path: Path) -> None:
+    folder, out = exported(network(vit(connectivity="acn")), "safetensors"), tmp_path / "out"
+    assert "--depth 4: must be 1 to 3" in complaint(folder, out, depth=4)
+    assert "--depth 0: must be 1 to 3" in complaint(folder, out, depth=0)
+    assert "is there already" in complaint(folder, folder)
+    assert "holds no average" in complaint(f"hf:{folder}", out, average=True)
+    assert "no complete checkpoint and no export" in complaint(folder / "..", out)
+    assert "model_type = None: must be bert or vit" in complaint(f"hf:{folder}", out)
+    assert "residual networks only" in complaint(folder, out, "timm")
+    assert "ONNX Runtime has no bf16" in complaint(folder, out, "onnx", dtype="bf16")
+    weights = folder / "model.safetensors"
+    for harm, words in ((flip, "its sha256 is not the one in config.json"), (cut, "model.safetensors: ")):
+        whole = weights.read_bytes()
+        harm(weights)
+        assert words in complaint(folder, out)
+        weights.write_bytes(whole)
+    values = json.loads((folder / "config.json").read_text())
+    for change, words in (({"model": values["model"] | {"depth": 4}}, "lacks trunk.blocks.3"),
+                          ({"model": values["model"] | {"dim": 8}}, "has (16,), and (8,) in a model of this config"),
+                          ({"version": 2}, "version = 2: must be 1"), ({"extra": 1}, "extra: ")):  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(values | change))
+        assert words in complaint(folder, out)
+
+
+def test_refused_checkpoints(
+    one_rank: Callable, two_ranks: Callable, vit: Callable[..., Config], tmp_path: Path
+) -> None:
+    cfg = vit(train={"zero_stage": 2, "length": "2step"})
+    two_ranks(run, cfg)
+    out, folder = tmp_path / "out", run_folder(cfg)
+    checkpoint = complete(folder)[-1]
+    assert "keeps no average of the weights" in complaint(checkpoint, out, average=True)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"depth": 3', '"depth": 2'))
+    assert "which this model has not" in complaint(folder, out)
+    (folder / "config.json").write_text(config)
+    part = checkpoint / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    whole = part.read_bytes()
+    flip(part)
+    assert "its sha256 is not the one in state.json" in complaint(folder, out)
+    part.unlink()
+    assert f"{part}: No such file" in complaint(checkpoint, out)
+    command = [sys.executable, str(CONVERT), str(folder), "--to", "safetensors", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n"), out.exists()) == (2, 1, False)
+    assert done.stderr.startswith(f"error: {part}")
+    part.write_bytes(whole)
+    done = subprocess.run([*command, "--tolerance", "100"], capture_output=True, text=True)
+    assert done.stdout.startswith(f"{out}: vit, acn, 1 of 3 blocks, ")
+    assert read_model(out).card.run == "tiny"
+
+
+def test_start_from(exported: Callable[..., Path]) -> None:
+    """An ACN starts from residual weights; what may differ keeps its start and is named, all else is refused."""
+    source = network(vit())
+    folder = exported(source, "safetensors")
+    joins = [f"trunk.joins.{join}.weight" for join in range(3)]
+    for keys, kept in (
+        ({"connectivity": "acn"}, []),
+        ({"num_classes": 7}, ["head.linear.bias", "head.linear.weight"]),
+        ({"connectivity": "denseformer"}, joins),
+    ):
+        model = build_model(vit(**keys))
+        before = {name: weight.clone() for name, weight in model.named_parameters()}
+        assert start_from(model, vit(**keys), str(folder)) == kept
+        for name, weight in model.named_parameters():
+            assert torch.equal(weight, before[name] if name in kept else source.weights()[name])
+    for keys in ({"dim": 8}, {"depth": 2}, {"mlp_ratio": 2.0}, {"image_size": 12}):
+        with pytest.raises(UserError, match=r"train.init_from = .*: .* in it, .* in this run's model"):
+            start_from(build_model(vit(**keys)), vit(**keys), str(folder))
+    masked = exported(network(bert()), "hf")
+    classifier = bert(num_classes=2, connectivity="acn")
+    kept = start_from(build_model(classifier), classifier, f"hf:{masked}")
+    assert kept == [f"head.{part}.{kind}" for part in ("linear", "pooler") for kind in ("bias", "weight")]
+
+
+def test_runs_start_from_weights(two_ranks: Callable, vit: Callable[..., Config], tmp_path: Path) -> None:
+    """On all ranks, once: a run that goes on does not look at them again."""
+    first = vit(run={"name": "first"}, model={"connectivity": "residual"}, train={"zero_stage": 3, "length": "2step"})
+    two_ranks(run, first)
+    source = tmp_path / "source"
+    convert(str(run_folder(first)), "safetensors", source)
+    train = {"zero_stage": 1, "length": "10step", "init_from": str(source)}
+    cfg = vit(run={"name": "second"}, train=train, optim={"lr": 1e-9})
+    two_ranks(run_until, cfg, 7)
+    net = read_model(run_folder(cfg))
+    assert net.card.step == 5
+    expected = read_model(source).weights()
+    assert all((weight - expected[name]).abs().max() < 1e-7 for name, weight in net.weights().items())
+    shutil.rmtree(source)
+    two_ranks(run, cfg)
+    assert read_model(run_folder(cfg)).card.step == 10
+    refusal = two_ranks(refused, vit(run={"name": "third"}, train=train))
+    assert "source: holds no complete checkpoint and no export" in refusal[0]
