@@ -14,10 +14,10 @@ ROWS = [
     {"config"},
     {"cli", "distributed"},
     {"log", "runs", "models", "data", "optim", "guard", "profiling"},
-    {"engine", "reshape", "depth", "watchdog"},
-    {"checkpoint", "ema", "memory"},
+    {"engine", "reshape", "depth", "watchdog", "curriculum"},
+    {"checkpoint", "ema", "memory", "early_exit"},
     {"pretrain", "report", "batches"},
-    {"benchmark", "plan"},
+    {"benchmark", "plan", "evaluation"},
 ]
 ONLY_IN = {"deepspeed": {"engine", "ema"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 
