@@ -243,7 +243,7 @@ class TrainConfig(Section):
 
 
 class EarlyExitConfig(Section):
-    """Training that makes the readouts below full depth good enough to leave at. train/loss is then the weighted sum."""
+    """Training that makes readouts below full depth good enough to leave at. train/loss is then the weighted sum."""
 
     losses: Literal["last", "all", "rotational", "gradual"] = Field(
         "last",
