@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from acn_scale import curriculum, distributed
 from acn_scale.config import BertConfig, Config, EarlyExitConfig, MixerConfig, TextDataConfig, ViTConfig
 from acn_scale.curriculum import drop_rates, loss_weights
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.depth import cost, exit_flops
+from acn_scale.durations import Horizon
 from acn_scale.early_exit import (
     CRITERIA,
     EarlyExit,
@@ -33,12 +33,11 @@ from acn_scale.early_exit import (
     take_readings,
     tradeoff,
 )
-from acn_scale.engine import build_engine, train_step
 from acn_scale.errors import UserError
 from acn_scale.evaluation import evaluate_run, load_run
 from acn_scale.models import build_model
 from acn_scale.models.connectivity import CONNECTIVITY
-from acn_scale.optim import build_optimizer
+from acn_scale.optim import build_optimizer, learning_rate
 from acn_scale.runs import read_metrics, run_folder, write_json
 
 SAMPLES = 24
@@ -321,12 +320,14 @@ def test_curricula_go_on_after_a_stop_at_every_stage(
 
 
 def plain_losses(cfg: Config, steps: int) -> list[float]:
-    """Of one process with PyTorch alone, the weights written out: the oracle."""
+    """Of one process with PyTorch alone, the sum over the readouts written out: the oracle."""
     torch.manual_seed(cfg.run.seed)
     model = build_model(cfg.model)
     optimizer, stream = build_optimizer(model, cfg.optim), build_stream(cfg)
     losses = []
     for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg.optim, Horizon(1400, 16, steps), step)
         batch = next(stream)
         parts = [F.cross_entropy(logits, batch["labels"]) for logits in model.readouts(**batch)]
         loss = sum(w * part for w, part in zip(loss_weights(cfg.early_exit, 3, step, steps), parts[1:], strict=True))
@@ -338,27 +339,15 @@ def plain_losses(cfg: Config, steps: int) -> list[float]:
     return losses
 
 
-def engine_losses(cfg: Config, steps: int) -> list[float]:
-    rank, world_size = distributed.rank(), distributed.world_size()
-    torch.manual_seed(cfg.run.seed)
-    engine = build_engine(build_model(cfg.model), cfg, torch.device("cpu"), world_size)
-    stream = build_stream(cfg, rank, world_size)
-    losses = []
-    for step in range(steps):
-        curriculum.apply(cfg.early_exit, engine.module, step, steps)
-        losses.append(train_step(engine, stream, cfg.optim.lr).loss)
-    return losses
-
-
 @pytest.mark.parametrize(("stage", "losses"), [(0, "all"), (1, "gradual"), (2, "all"), (3, "rotational")])
-def test_the_engine_trains_on_every_depth(
-    two_ranks: Callable, vit: Callable[..., Config], stage: int, losses: str
-) -> None:
+def test_runs_train_on_every_depth(two_ranks: Callable, vit: Callable[..., Config], stage: int, losses: str) -> None:
     """As plain PyTorch does, with recomputed blocks and accumulation as well."""
     keys = {"early_exit": {"losses": losses, "rotation": 2}, "optim": {"lr": 1e-3, "eps": 1e-3}}
-    expected = plain_losses(vit(**keys), 12)
-    cfg = vit(train={"zero_stage": stage, "micro_batch_size": 4}, model={"recompute": True}, **keys)
-    assert two_ranks(engine_losses, cfg, 12)[0] == pytest.approx(expected, abs=1e-4)
+    train = {"zero_stage": stage, "micro_batch_size": 4, "length": "12step", "log_every": "1step"}
+    cfg = vit(train=train, model={"recompute": True}, **keys)
+    two_ranks(run, cfg)
+    got = [line["train/loss"] for line in measured(cfg) if "train/loss" in line]
+    assert got == pytest.approx(plain_losses(vit(**keys), 12), abs=1e-4)
 
 
 def test_samples_can_leave_a_trunk() -> None:
