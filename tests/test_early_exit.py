@@ -151,6 +151,12 @@ def test_the_curve_is_what_early_exit_does(vit: Callable[..., Config], criterion
     randomize(model)
     evaluation, flops = build_evaluation(cfg), exit_flops(cfg.model)
     readings = take_readings(model, evaluation, criterion, torch.device("cpu"))
+    odd = [(batch, torch.arange(len(counts)) % 2 == 1) for batch, counts in evaluation]
+    fewer = take_readings(model, odd, criterion, torch.device("cpu"))
+    rows = torch.cat([counts for _, counts in odd])
+    assert torch.equal(fewer.measured, readings.measured[rows])
+    assert torch.equal(fewer.correct, readings.correct[rows])
+
     curve = tradeoff(readings, flops, points=7)
     assert [each.flops for each in curve] == sorted((each.flops for each in curve), reverse=True)
     assert curve[0].depth == cfg.model.depth
