@@ -45,6 +45,8 @@ def evaluate_run(
     read, and for a masked language model.
     """
     cfg = _config(folder, overrides)
+    if json is not None and not json.parent.is_dir():
+        raise UserError(f"--json {json}: {json.parent} is not a folder")
     evaluation = build_evaluation(cfg)
     device = local_device()
     model = load_run(folder).to(device).eval()

@@ -197,6 +197,8 @@ def test_evaluate_a_run(one_rank: Callable, vit: Callable[..., Config], tmp_path
     for overrides, message in ((["model.dim=32"], "keys of model"), (["data.eval=nowhere"], "nowhere/index.json")):
         with pytest.raises(UserError, match=message):
             evaluate_run(folder, overrides=overrides)
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        evaluate_run(folder, json=tmp_path / "nowhere/numbers.json")
 
 
 def test_what_cannot_be_evaluated(vit: Callable[..., Config], tmp_path: Path) -> None:
