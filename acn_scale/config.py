@@ -253,6 +253,30 @@ class TrainConfig(Section):
     log_every: Duration = Field("50step", description="between two lines of training metrics")
 
 
+class EarlyExitConfig(Section):
+    """Training that makes readouts below full depth good enough to leave at. train/loss is then the weighted sum."""
+
+    losses: Literal["last", "all", "rotational", "gradual"] = Field(
+        "last",
+        description="depths whose loss is trained on: the last; all, by a weight that grows with depth; or LayerSkip's "
+        "curriculum, the last and every so many others in turn, or one more at a time from the last down",
+    )
+    scale: float = Field(
+        0.2, ge=0, le=1, description="weight of the lower depths (rotational and gradual), LayerSkip's e_scale"
+    )
+    rotation: int = Field(
+        15, ge=1, description="of so many blocks one is trained on in each step (rotational), LayerSkip's R"
+    )
+    layer_dropout: float = Field(
+        0.0, ge=0, lt=1, description="probability that a sample passes by the last block, at the end of the run; it "
+        "grows with depth and step from 0 (residual and highway only)",
+    )  # fmt: skip
+
+    @property
+    def on(self) -> bool:
+        return self.losses != "last" or self.layer_dropout > 0
+
+
 class EvalConfig(Section):
     every: Duration = Field("1ep", description="between two evaluations; one is always made at the end")
     batch_size: int = Field(256, ge=1, description="samples of one evaluation pass on one rank")
@@ -328,6 +352,7 @@ class Config(Section):
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
+    early_exit: EarlyExitConfig = EarlyExitConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
@@ -359,6 +384,17 @@ class Config(Section):
             values = getattr(self.data, key)
             if values is not None and len(values) != self.model.channels:
                 raise ValueError(f"data.{key} = {values}: model.channels = {self.model.channels} takes as many numbers")
+        return self
+
+    @model_validator(mode="after")
+    def _early_exit_fits_model(self) -> "Config":
+        if self.early_exit.on and self.model.depth < 2:
+            raise ValueError(f"model.depth = {self.model.depth}: the keys of early_exit take 2 blocks or more")
+        if self.early_exit.layer_dropout and self.model.connectivity not in ("residual", "highway"):
+            raise ValueError(
+                f"early_exit.layer_dropout = {self.early_exit.layer_dropout}: model.connectivity must be residual or "
+                f"highway; in {self.model.connectivity} nothing is carried past a block that is left out"
+            )
         return self
 
     def micro_batch_size(self, world_size: int) -> int:

@@ -84,6 +84,18 @@ def cost(cfg: ModelConfig, depth: int) -> Cost:
     return Cost(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops())
 
 
+def exit_flops(cfg: ModelConfig) -> list[int]:
+    """Operations on one sample that leaves at depth 0, 1, ..., counted as in Cost.
+
+    The head is evaluated at each depth on the way, to know whether to leave: that is k heads more than cost(cfg, k).
+    """
+    with torch.device("meta"):
+        model = build_model(cfg).eval()
+        batch = batch_of(cfg, 1, mask_ratio=0.0)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            return [counter.get_total_flops() for _ in model.readouts(**batch)]
+
+
 def batch_of(model: ModelConfig, samples: int, mask_ratio: float) -> dict[str, torch.Tensor]:
     """A batch without values, as the model is trained on it. Call it under torch.device("meta")."""
     if isinstance(model, BertConfig):

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from acn_scale.config import Config, ModelConfig
+from acn_scale.curriculum import loss_weights
 from acn_scale.depth import batch_of
 from acn_scale.models import build_model
 
@@ -53,7 +54,8 @@ def memory(cfg: Config, *, stage: int, gpus: int, micro_batch_size: int, recompu
     master = 4 * count if half or stage else 0
     optimizer = (master + 8 * count) * (share if stage else 1) + (4 * count * share if cfg.train.ema_decay else 0)
     # The passes, to which ZeRO-3 brings whole weights. Whole gradients wait to be summed: all of them up to ZeRO-1.
-    passes, bucket = trace(model, width, cfg.data.mask_ratio), min(count, BUCKET) * width
+    heads = loss_weights(cfg.early_exit, model.depth, step=1, steps=2)  # as many as in any step
+    passes, bucket = trace(model, width, cfg.data.mask_ratio, heads), min(count, BUCKET) * width
     waiting = bucket if stage >= 2 else count * width
     if stage < 2 and accumulates:
         fullest = passes.peak(micro_batch_size) + waiting
@@ -108,14 +110,18 @@ class Trace:
 
 
 @lru_cache
-def trace(model: ModelConfig, width: int, mask_ratio: float) -> Trace:
-    """`width`: bytes of a number in the passes, 4 or 2. What grows with the batch is told apart by two batches."""
-    (few, gradients, forward), (many, *_) = (_alive(model, width, samples, mask_ratio) for samples in (2, 4))
+def trace(model: ModelConfig, width: int, mask_ratio: float, heads: tuple[float, ...] = ()) -> Trace:
+    """`width`: bytes of a number in the passes, 4 or 2. `heads`: weights of the losses at every depth, as in Network.
+    What grows with the batch is told apart by two batches.
+    """
+    (few, gradients, forward), (many, *_) = (_alive(model, width, samples, mask_ratio, heads) for samples in (2, 4))
     slope = (many - few) / 2
     return Trace(few - 2 * slope, slope, gradients, forward)
 
 
-def _alive(model: ModelConfig, width: int, samples: int, mask_ratio: float) -> tuple[np.ndarray, np.ndarray, int]:
+def _alive(
+    model: ModelConfig, width: int, samples: int, mask_ratio: float, heads: tuple[float, ...]
+) -> tuple[np.ndarray, np.ndarray, int]:
     """(operations,) bytes of all but the weights and their gradients, and of those gradients; operations forward."""
     before = torch.get_default_dtype()
     with FakeTensorMode():  # which takes the kernels of attention that a device has, and meta tensors do not
@@ -124,6 +130,7 @@ def _alive(model: ModelConfig, width: int, samples: int, mask_ratio: float) -> t
             network = build_model(model)
         finally:
             torch.set_default_dtype(before)
+        network.loss_weights = heads
         batch = batch_of(model, samples, mask_ratio)
         with _Storages(network) as storages:
             loss = network(**batch)["loss"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from acn_scale import checkpoint, distributed
+from acn_scale import checkpoint, curriculum, distributed
 from acn_scale.checkpoint import Checkpoints
 from acn_scale.cli import config_from_args, exit_on_user_error
 from acn_scale.config import Config
@@ -157,6 +157,7 @@ class Trainer:
             self.stream.pass_over()
             self.window.passed_over()
             return Step(stop=distributed.sum_on_cpu([self.signals.received is not None])[0] > 0)
+        curriculum.apply(self.cfg.early_exit, self.engine.module, step - 1, self.horizon.steps)
         waited, samples = self.stream.waited, self.stream.plan.size(step - 1)
         result = train_step(
             self.engine,

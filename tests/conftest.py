@@ -54,6 +54,7 @@ def vit(digits: Path, tmp_path: Path) -> Callable[..., Config]:
             "data": {"kind": "images", "train": f"{digits}/train", "eval": f"{digits}/eval", "streams": 4},
             "optim": {"lr": 1e-3, "warmup": "5step"},
             "train": {"length": "20step", "global_batch_size": 16, "clip_norm": 1.0, "log_every": "5step"},
+            "early_exit": {},
             "eval": {"every": "10step"},
             "checkpoint": {"every": "5step"},
             "health": {},

@@ -14,11 +14,11 @@ ROWS = [
     {"config"},
     {"cli", "distributed"},
     {"log", "runs", "models", "data", "optim", "guard", "profiling"},
-    {"engine", "reshape", "depth", "watchdog"},
-    {"checkpoint", "ema", "memory", "dead_blocks"},
+    {"engine", "reshape", "depth", "watchdog", "curriculum"},
+    {"checkpoint", "ema", "memory", "dead_blocks", "early_exit"},
     {"convert", "report", "batches"},
     {"pretrain"},
-    {"benchmark", "plan"},
+    {"benchmark", "plan", "evaluation"},
 ]
 ONLY_IN = {"deepspeed": {"engine", "ema"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 

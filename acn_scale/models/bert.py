@@ -1,13 +1,12 @@
 """AC-BERT and its residual twin: embeddings -> trunk -> masked-language-model head or classifier."""
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acn_scale.config import BertConfig
-from acn_scale.models.connectivity import Trunk, patterns
+from acn_scale.models.base import Model
+from acn_scale.models.connectivity import Readouts, Trunk, patterns
 from acn_scale.models.layers import MLP, Attention, initialize, post_norm_block, pre_norm_block
 
 BERT_EPS = 1e-12  # of LayerNorm, as in BERT
@@ -70,7 +69,7 @@ class ClassificationHead(nn.Module):
         return self.linear(self.dropout(self.pooler(self.final_norm(x[:, 0])).tanh()))
 
 
-class Bert(nn.Module):
+class Bert(Model):
     """BERT (Devlin et al. 2019): post-LN, or pre-LN with a LayerNorm on the readout.
 
     In the post-LN ACN a LayerNorm follows each sublayer, on the branch alone, and none stands on the sum; x_0 is the
@@ -106,10 +105,14 @@ class Bert(nn.Module):
         labels: (batch, masked) token ids, or (batch,) classes for a classifier, which takes no `masked`. Returns
         "logits" (batch, masked, vocab_size) or (batch, num_classes) and, with labels, "loss", the mean cross-entropy.
         """
-        logits = self.head(self.trunk(self.embed(tokens, segments), mask), masked)
+        x = self.embed(tokens, segments)
         if labels is None:
-            return {"logits": logits}
-        return {"logits": logits, "loss": F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())}
+            return {"logits": self.head(self.trunk(x, mask), masked)}
+        return self.supervised(x, mask, lambda x: self.head(x, masked), lambda logits: self.loss(logits, labels))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """() mean cross-entropy."""
+        return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
 
     def readouts(
         self,
@@ -118,10 +121,12 @@ class Bert(nn.Module):
         labels: Tensor | None = None,
         segments: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> Iterator[Tensor]:
-        """The same -> logits as in forward() at each depth 0, 1, ..., in one pass."""
-        for x in self.trunk.readouts(self.embed(tokens, segments), mask):
-            yield self.head(x, masked)
+    ) -> Readouts:
+        """The same -> logits as in forward() at each depth 0, 1, ..., in one pass.
+
+        Of a classifier samples can leave on the way, as in Trunk.states().
+        """
+        return self.trunk.readouts(self.embed(tokens, segments), mask, lambda x: self.head(x, masked))
 
     def score(self, logits: Tensor, labels: Tensor, **_: Tensor) -> dict[str, Tensor]:
         """logits: (batch, [masked,] classes), labels: (batch, [masked]) -> "loss" and "accuracy": (batch,)."""

@@ -1,17 +1,14 @@
 """What the image classifiers share: embed -> trunk -> head, their loss, and their score at every depth."""
 
-from collections.abc import Iterator
-
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from acn_scale.models.base import Model
+from acn_scale.models.connectivity import Readouts
 
 
-class Classifier(nn.Module):
+class Classifier(Model):
     """Subclasses set `embed`, `trunk` and `head`."""
-
-    embed: nn.Module
-    trunk: nn.Module
-    head: nn.Module
 
     def __init__(self, label_smoothing: float) -> None:
         super().__init__()
@@ -22,15 +19,21 @@ class Classifier(nn.Module):
 
         Returns "logits" (batch, num_classes) and, with labels, "loss", the mean cross-entropy.
         """
-        logits = self.head(self.trunk(self.embed(images)))
+        x = self.embed(images)
         if labels is None:
-            return {"logits": logits}
-        return {"logits": logits, "loss": F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)}
+            return {"logits": self.head(self.trunk(x))}
+        return self.supervised(x, None, self.head, lambda logits: self.loss(logits, labels))
 
-    def readouts(self, images: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
-        """The same -> logits (batch, num_classes) at each depth 0, 1, ..., in one pass."""
-        for x in self.trunk.readouts(self.embed(images)):
-            yield self.head(x)
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """() mean cross-entropy."""
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+
+    def readouts(self, images: Tensor, labels: Tensor | None = None) -> Readouts:
+        """The same -> logits (batch, num_classes) at each depth 0, 1, ..., in one pass.
+
+        Samples can leave on the way, as in Trunk.states().
+        """
+        return self.trunk.readouts(self.embed(images), head=self.head)
 
     def score(self, logits: Tensor, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """logits: (batch, num_classes), labels: (batch,) -> "loss" and "accuracy" of each sample: (batch,)."""

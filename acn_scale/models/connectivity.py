@@ -5,13 +5,15 @@ after k blocks, so a pattern is three answers: the state before the first block,
 the trunk would output if it ended here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 State = tuple[Tensor, ...]
+Readouts = Generator[Any, Tensor | None, None]  # what it is sent picks the samples that go on
 
 
 class Connectivity(nn.Module):
@@ -154,6 +156,16 @@ def patterns(connectivity: str, inner: str) -> tuple[str, str]:
     return usual.get(connectivity, (connectivity, "feedforward"))
 
 
+def drop(before: State, after: State, rate: float) -> State:
+    """Have each sample pass the block by with probability `rate`: its state stays what it was before.
+
+    Every block is computed all the same, so that all ranks gather the same weights. For patterns that carry x past the
+    block in a state of one tensor: residual and highway.
+    """
+    passes = torch.rand(len(after[0]), 1, 1, device=after[0].device) < rate
+    return (torch.where(passes, before[0], after[0]),)
+
+
 class Trunk(nn.Module):
     """Blocks and the joins between them. A block is itself a Trunk of two sublayers with a pattern of its own.
 
@@ -176,12 +188,22 @@ class Trunk(nn.Module):
         self.joins = nn.ModuleList(self.pattern(dim, index) for index in range(len(self.blocks)))
         self.norms = nn.ModuleList(norms)
         self.recompute = recompute
+        self.drop_rates: Sequence[float] = ()  # of each block, in training; empty: no block is dropped
 
-    def states(self, x: Tensor, mask: Tensor | None = None) -> Iterator[State]:
-        """x: (batch, tokens, dim) -> the state at depth 0, 1, ..., number of blocks."""
+    def states(
+        self, x: Tensor, mask: Tensor | None = None, view: Callable[[State], Any] = lambda state: state
+    ) -> Readouts:
+        """x: (batch, tokens, dim) -> view(state) at depth 0, 1, ..., number of blocks.
+
+        What is sent to it, an index into the batch such as a (batch,) bool, picks the samples that go on.
+        """
         state = self.pattern.start(x)
-        yield state
         for index, (block, join) in enumerate(zip(self.blocks, self.joins, strict=True)):
+            keep = yield view(state)
+            if keep is not None:
+                state = tuple(part[keep] for part in state)
+                mask = mask if mask is None else mask[keep]
+            before = state
             if self.recompute and self.training:
                 y = checkpoint(block, state[0], mask, use_reentrant=False)
             else:
@@ -189,17 +211,23 @@ class Trunk(nn.Module):
             state = join(state, y)
             if self.norms:
                 state = (self.norms[index](state[0]),)
-            yield state
+            if self.training and self.drop_rates:
+                state = drop(before, state, self.drop_rates[index])
+        yield view(state)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x: (batch, tokens, dim) -> (batch, tokens, dim)."""
         *_, state = self.states(x, mask)
         return self.pattern.readout(state)
 
-    def readouts(self, x: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
-        """x: (batch, tokens, dim) -> the output (batch, tokens, dim) at each depth 0, 1, ..., in one pass."""
-        for state in self.states(x, mask):
-            yield self.pattern.readout(state)
+    def readouts(
+        self, x: Tensor, mask: Tensor | None = None, head: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> Readouts:
+        """x: (batch, tokens, dim) -> head(output (batch, tokens, dim)) at each depth 0, 1, ..., in one pass.
+
+        Samples can leave on the way, as in states().
+        """
+        return self.states(x, mask, lambda state: head(self.pattern.readout(state)))
 
     def truncate(self, depth: int) -> None:
         """Drop the blocks above `depth`: forward(x) is then the former readouts(x)[depth].
