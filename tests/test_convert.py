@@ -183,8 +183,8 @@ def test_refused_checkpoints(
     checkpoint = complete(folder)[-1]
     assert "keeps no average of the weights" in complaint(checkpoint, out, average=True)
     config = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(config.replace('"depth": 3', '"depth": 2'))
-    assert "which this model has not" in complaint(folder, out)
+    (folder / "config.json").write_text(config.replace('"attention_norm": false', '"attention_norm": true'))
+    assert "lacks trunk.blocks" in complaint(folder, out)
     (folder / "config.json").write_text(config)
     part = checkpoint / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     whole = part.read_bytes()
