@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from acn_scale.convert.network import Card, Network, network
 from acn_scale.convert.zero import Pieces
@@ -20,11 +21,17 @@ FORMAT = {"format": "acn_scale", "version": 1}
 
 def write_export(net: Network, folder: Path, dtype: Literal["fp32", "bf16", "fp16"]) -> None:
     """Into a folder that is there and empty."""
-    save_file(net.weights(dtype), folder / WEIGHTS_NAME)
+    save_weights(net.weights(dtype), folder)
     if net.tokenizer is not None:
         (folder / TOKENIZER_NAME).write_bytes(net.tokenizer)
     entry = {"dtype": dtype, "sha256": _sha256(folder / WEIGHTS_NAME)}
     write_json(folder / CONFIG_NAME, FORMAT | entry | net.card.model_dump(mode="json"))
+
+
+def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
+    """To model.safetensors, which others may read: safetensors itself makes it its owner's alone."""
+    save_file(weights, folder / WEIGHTS_NAME, {"format": "pt"})
+    (folder / WEIGHTS_NAME).chmod(0o644)
 
 
 def is_export(folder: Path) -> bool:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from acn_scale.config import BertConfig, ModelConfig, ViTConfig
 from acn_scale.convert.custom_code import CODE_NAME, custom_code
-from acn_scale.convert.export import CONFIG_NAME, WEIGHTS_NAME, read_safetensors
+from acn_scale.convert.export import CONFIG_NAME, WEIGHTS_NAME, read_safetensors, save_weights
 from acn_scale.convert.model_card import model_card
 from acn_scale.convert.names import HF_BERT, HF_VIT, Names, to_ours, to_theirs
 from acn_scale.convert.network import Card, Images, Network, network, shapes_of
@@ -42,7 +41,7 @@ def write_hugging_face(net: Network, folder: Path, dtype: str) -> None:
         values = _custom_config(model)
         weights = {f"network.{name}": weight for name, weight in net.weights(dtype).items()}
         (folder / CODE_NAME).write_text(custom_code())
-    save_file(weights, folder / WEIGHTS_NAME, {"format": "pt"})
+    save_weights(weights, folder)
     values |= {"dtype": TORCH_NAMES[dtype]}
     if model.num_classes:
         images = net.card.images

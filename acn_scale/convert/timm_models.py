@@ -4,11 +4,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
 from acn_scale.config import MixerConfig, ModelConfig, ViTConfig
-from acn_scale.convert.export import CONFIG_NAME, WEIGHTS_NAME, read_safetensors
+from acn_scale.convert.export import CONFIG_NAME, WEIGHTS_NAME, read_safetensors, save_weights
 from acn_scale.convert.names import TIMM_MIXER, TIMM_VIT, TIMM_VIT_MEAN, Names, to_ours, to_theirs
 from acn_scale.convert.network import Card, Images, Network, network, shapes_of
 from acn_scale.convert.twins import check_eps, check_residual
@@ -44,7 +43,7 @@ def write_timm(net: Network, folder: Path, dtype: str) -> None:
     if net.card.images:
         pretrained |= {"mean": net.card.images.mean, "std": net.card.images.std}
         pretrained |= {"crop_pct": 0.875 if net.card.images.resize else 1.0, "label_names": net.card.images.classes}
-    save_file(to_theirs(net.weights(dtype), names), folder / WEIGHTS_NAME, {"format": "pt"})
+    save_weights(to_theirs(net.weights(dtype), names), folder)
     values = {"architecture": architecture, "num_classes": model.num_classes, "model_args": arguments}
     write_json(folder / CONFIG_NAME, values | {"pretrained_cfg": pretrained})
 

@@ -4,7 +4,8 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from acn_scale.data.tokenizer import CLS, MASK, PAD, SEP, UNK
+from acn_scale.data.tokenizer import CLS, MASK, PAD, SEP, TOKENIZER_NAME, UNK
+from acn_scale.errors import UserError
 from acn_scale.runs import write_json
 
 SPECIAL = {"pad_token": PAD, "unk_token": UNK, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
@@ -16,11 +17,18 @@ def write_tokenizer(content: bytes, folder: Path, max_tokens: int) -> None:
     [CLS] first [SEP] second [SEP].
 
     Of two splits with the very same score (== = and = ==) it may take the other one: SentencePiece adds up in fp32.
+    Raises UserError for another file.
     """
-    from sentencepiece import sentencepiece_model_pb2  # here: protobuf is needed for nothing else
+    from google.protobuf.message import DecodeError  # here: needed for nothing else
+    from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(content)
+    try:
+        proto = sentencepiece_model_pb2.ModelProto.FromString(content)
+    except DecodeError:
+        raise UserError(f"{TOKENIZER_NAME}: not a SentencePiece model") from None
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    if len(pieces) <= MASK:
+        raise UserError(f"{TOKENIZER_NAME}: holds {len(pieces)} pieces, fewer than the special ones")
     names = {role: pieces[number][0] for role, number in SPECIAL.items()}
     write_json(
         folder / "tokenizer.json",
