@@ -16,8 +16,8 @@ ROWS = [
     {"log", "runs", "models", "data", "optim", "guard", "profiling"},
     {"engine", "reshape", "depth", "watchdog"},
     {"checkpoint", "ema", "memory"},
-    {"convert", "report", "batches"},
-    {"pretrain"},
+    {"convert", "batches"},
+    {"pretrain", "report"},
     {"benchmark", "plan"},
 ]
 ONLY_IN = {"deepspeed": {"engine", "ema"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
