@@ -60,8 +60,8 @@ def loss(value: float | None) -> str:
     return DASH if value is None else f"{value:.3f}"
 
 
-def saved(cut: dict[str, Any], full: dict[str, Any], key: str) -> str:
-    return f"{100 * (1 - cut[key] / full[key]):.0f}{NBSP}%"
+def saved(cost: dict[str, Any], key: str) -> str:
+    return f"{100 * cost['saved'][key]:.0f}{NBSP}%"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,29 +70,44 @@ def take_readings(model: nn.Module, evaluation: Evaluation, device: torch.device
     return Readings(accuracy, loss, (1 - total / count).tolist())
 
 
-def costs(net: Network, depths: list[int], mask_ratio: float, name: str) -> list[dict[str, Any]]:
-    """Of the network cut at each of these depths: parameters, FLOPs, bytes of its export in fp32, and measured times.
+def costs(net: Network, depths: Sequence[int], mask_ratio: float, name: str) -> list[dict[str, Any]]:
+    """Of the network cut at each of these depths, the last of them full depth: parameters, FLOPs, bytes of its export
+    in fp32, the share of each that is saved, and measured times.
 
     Times are of the device that the model is on, medians over rounds in which all depths take turns.
     """
-    cuts = {depth: cut_copy(net.model, depth) for depth in depths}
-    rows = []
-    for depth, model in cuts.items():
-        weights = Network(model, net.card).weights()
+    cuts = [cut_copy(net.model, depth) for depth in depths]
+    sizes = []
+    for depth, model in zip(depths, cuts, strict=True):
         counted = cost(net.card.model, depth)
-        row = {"depth": depth, "parameters": counted.parameters, "flops": counted.flops, "bytes": len(save(weights))}
-        rows.append(row | {"times": []})
-    device = next(net.model.parameters()).device
-    for size in BATCH_SIZES:
-        with device:
-            batch = batch_of(net.card.model, size, mask_ratio)
-        del batch["labels"]
-        for row, seconds in zip(
-            rows, _in_turns(list(cuts.values()), batch, f"{name}: timing batch {size}"), strict=True
-        ):
-            low, median, high = statistics.quantiles(seconds, n=4)
-            times = {"seconds": median, "quartiles": [low, high], "samples_per_second": size / median}
-            row["times"].append({"batch": size} | times | {"rounds": len(seconds)})
+        stored = len(save(Network(model, net.card).weights()))
+        sizes.append({"parameters": counted.parameters, "flops": counted.flops, "bytes": stored})
+    times = [_times(cuts, net, size, mask_ratio, name) for size in BATCH_SIZES]
+    return [
+        {
+            "depth": depth,
+            **size,
+            "saved": {key: 1 - value / sizes[-1][key] for key, value in size.items()},
+            "times": list(each),
+        }
+        for depth, size, *each in zip(depths, sizes, *times, strict=True)
+    ]
+
+
+def _times(
+    cuts: Sequence[nn.Module], net: Network, size: int, mask_ratio: float, name: str
+) -> list[dict[str, float | list[float]]]:
+    """Of a forward pass of each cut on a batch of this size."""
+    with next(net.model.parameters()).device:
+        batch = batch_of(net.card.model, size, mask_ratio)
+    del batch["labels"]
+    columns = _in_turns(cuts, batch, f"{name}: timing batch {size}")
+    full = statistics.median(columns[-1])
+    rows = []
+    for seconds in columns:
+        low, median, high = statistics.quantiles(seconds, n=4)
+        row = {"batch": size, "seconds": median, "quartiles": [low, high], "samples_per_second": size / median}
+        rows.append(row | {"speed_up": full / median, "rounds": len(seconds)})
     return rows
 
 
@@ -105,7 +120,7 @@ def cut_copy(model: nn.Module, depth: int) -> nn.Module:
 
 
 @torch.no_grad()
-def _in_turns(models: list[nn.Module], batch: Batch, description: str) -> list[list[float]]:
+def _in_turns(models: Sequence[nn.Module], batch: Batch, description: str) -> list[list[float]]:
     """The seconds of each model's forward passes."""
 
     def seconds(model: nn.Module) -> float:
@@ -115,7 +130,7 @@ def _in_turns(models: list[nn.Module], batch: Batch, description: str) -> list[l
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for model in models * WARM_UP:
+    for model in [*models] * WARM_UP:
         seconds(model)
     rounds = []
     start = time.perf_counter()

@@ -54,24 +54,22 @@ def page(numbers: dict[str, Any]) -> str:
 def _lead(net: dict[str, Any], tolerance: float) -> str:
     """What there is to know, in two sentences."""
     cut = cut_within(net, tolerance)
-    there, full = cost_at(net, cut["depth"]), cost_at(net, net["depth"])
-    low, high = cut["interval"]
-    faster = full["times"][0]["seconds"] / there["times"][0]["seconds"]
-    name, metric, full_accuracy = escape(net["name"]), net["metric"], percent(net["accuracy"][-1])
+    there, (low, high) = cost_at(net, cut["depth"]), cut["interval"]
+    name, metric, full = escape(net["name"]), net["metric"], f"{percent(net['accuracy'][-1])}{NBSP}%"
     if cut["depth"] == net["depth"]:
         text = (
             f"<strong>{name}</strong> needs <strong>all its {net['depth']} blocks</strong> (interval {low}{DASH}{high})"
-            f" to stay within {tolerance:g} points of its {metric} of {full_accuracy}{NBSP}%."
+            f" to stay within {tolerance:g} points of its {metric} of {full}."
         )
     else:
         text = (
             f"<strong>{name}</strong> is within {tolerance:g} points of full depth after <strong>{cut['depth']} of "
-            f"{net['depth']} blocks</strong> (interval {low}{DASH}{high}): {metric} of {percent(cut['accuracy'])} there "
-            f"and {full_accuracy}{NBSP}% at the end. A cut saves {saved(there, full, 'parameters')} of the parameters "
-            f"and {saved(there, full, 'flops')} of the operations."
+            f"{net['depth']} blocks</strong> (interval {low}{DASH}{high}), with an {metric} of "
+            f"{percent(cut['accuracy'])}{NBSP}% there and {full} at the end. A cut saves {saved(there, 'parameters')} "
+            f"of the parameters and {saved(there, 'flops')} of the operations."
         )
         if not busy(net):
-            text += f" It is {faster:.1f} times as fast at batch 1."
+            text += f" It is {there['times'][0]['speed_up']:.2f} times as fast at batch 1."
     return f'<p class="lead">{text}</p>'
 
 
@@ -138,23 +136,23 @@ def _cutoffs(numbers: dict[str, Any]) -> str:
 def _savings(numbers: dict[str, Any]) -> str:
     sizes, times = [], []
     for net in numbers["networks"]:
-        full = cost_at(net, net["depth"])
         for cost in net["costs"]:
             tolerances = [f"{cut['tolerance']:g}" for cut in net["cutoffs"] if cut["depth"] == cost["depth"]]
             place = [escape(net["name"]), str(cost["depth"]), ", ".join(tolerances) or "full depth"]
+            shown = {
+                "parameters": f"{cost['parameters']:,}",
+                "flops": f"{cost['flops'] / 1e6:,.1f} M",
+                "bytes": f"{cost['bytes']:,}",
+            }
+            sizes.append(place + [cell for key, text in shown.items() for cell in (text, saved(cost, key))])
             cells = []
-            for key, unit, value in (("parameters", "", 1), ("flops", " M", 1e6), ("bytes", "", 1)):
-                shown = f"{cost[key] / value:,.1f}{unit}" if unit else f"{cost[key]:,}"
-                cells += [shown, saved(cost, full, key)]
-            sizes.append(place + cells)
-            cells = []
-            for mine, whole in zip(cost["times"], full["times"], strict=True):
-                cells += [f"{1000 * mine['seconds']:.2f}", f"{mine['samples_per_second']:,.0f}"]
-                cells += [f"{whole['seconds'] / mine['seconds']:.2f}\N{MULTIPLICATION SIGN}"]
+            for each in cost["times"]:
+                cells += [f"{1000 * each['seconds']:.2f}", f"{each['samples_per_second']:,.0f}"]
+                cells += [f"{each['speed_up']:.2f}\N{MULTIPLICATION SIGN}"]
             times.append(place + cells)
     where = ["network", "blocks", "cut-off within"]
     head = [*where, "parameters", "saved", "FLOPs a sample", "saved", "bytes, fp32", "saved"]
-    batches = [each["batch"] for each in full["times"]]
+    batches = [each["batch"] for each in cost["times"]]
     speed = where + [cell for size in batches for cell in (f"ms, batch {size}", "samples/s", "speed-up")]
     on = numbers["measured_on"]
     return section(

@@ -22,16 +22,16 @@ def _savings_table(networks: Sequence[dict[str, Any]], tolerance: float) -> str:
     rows = [[f"cut-off within {tolerance} points", "blocks", "accuracy (%)", "parameters", "saved", "FLOPs", "saved"]]
     for net in networks:
         depth = cut_within(net, tolerance)["depth"]
-        cut, full = cost_at(net, depth), cost_at(net, net["depth"])
+        cut = cost_at(net, depth)
         rows.append(
             [
                 net["name"],
                 f"{depth} of {net['depth']}",
                 f"{100 * net['accuracy'][depth]:.1f} of {100 * net['accuracy'][-1]:.1f}",
                 f"{cut['parameters']:,}",
-                f"{1 - cut['parameters'] / full['parameters']:.0%}",
+                f"{cut['saved']['parameters']:.0%}",
                 f"{cut['flops'] / 1e6:,.1f} M",
-                f"{1 - cut['flops'] / full['flops']:.0%}",
+                f"{cut['saved']['flops']:.0%}",
             ]
         )
     return aligned(rows)
