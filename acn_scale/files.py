@@ -22,7 +22,10 @@ def whole_lines(path: Path) -> list[str]:
 
 
 def write_together(folder: Path, files: dict[str, bytes]) -> None:
-    """All of them or none, where what was there before stays. Makes the folder. Raises UserError."""
+    """Each is there whole, and none where not all can be written: what was there before then stays.
+
+    Makes the folder. Raises UserError.
+    """
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -57,10 +57,11 @@ def cut_at(accuracy: np.ndarray, means: np.ndarray, tolerance: float) -> Cut:
     difference = 100 * (mean - mean[-1])
     judged = min(depth, len(mean) - 2)
     low, high = interval(differences[:, judged], difference[judged])
-    half_width = max((high - low) / 2, 100 * NONE_SEEN / samples)
+    resampled, unseen = (high - low) / 2, 100 * NONE_SEEN / samples
+    half_width = max(resampled, unseen)
     needed = None
-    if tolerance > 0:
-        needed = _rounded_up(max(samples * (half_width / tolerance) ** 2, 100 * NONE_SEEN / tolerance))
+    if tolerance > 0:  # the one shrinks with the root of the number of samples, the other with the number
+        needed = _rounded_up(samples * max((resampled / tolerance) ** 2, unseen / tolerance))
     return Cut(
         tolerance=tolerance,
         depth=depth,
