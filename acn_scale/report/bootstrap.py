@@ -9,7 +9,7 @@ from acn_scale.depth import cutoff
 
 RESAMPLES = 1000
 LEVEL = 0.95  # of the intervals
-NONE_SEEN = 3  # with no differing sample among n, up to 3/n may differ, at 95 % (Hanley & Lippman-Hand 1983)
+NONE_SEEN = 3  # where no sample of n differs, up to 3/n of all may, at 95 % (Hanley & Lippman-Hand 1983)
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ def cut_at(accuracy: np.ndarray, means: np.ndarray, tolerance: float) -> Cut:
     differences = 100 * (means - means[:, -1:])
     difference = 100 * (mean - mean[-1])
     judged = min(depth, len(mean) - 2)
-    low, high = interval(differences[:, judged], difference[judged])
-    resampled, unseen = (high - low) / 2, 100 * NONE_SEEN / samples
-    half_width = max(resampled, unseen)
-    needed = None
-    if tolerance > 0:  # the one shrinks with the root of the number of samples, the other with the number
-        needed = _rounded_up(samples * max((resampled / tolerance) ** 2, unseen / tolerance))
+    low, high = interval(differences[:, judged], difference[judged].item())
+    half_width, power = (high - low) / 2, 2
+    if half_width < 1e-9:  # none of them but for rounding
+        half_width, power = 100 * NONE_SEEN / samples, 1
+    # It shrinks with the root of the number of samples, and with the number itself where none of them differ.
+    needed = _rounded_up(samples * (half_width / tolerance) ** power) if tolerance > 0 else None
     return Cut(
         tolerance=tolerance,
         depth=depth,
