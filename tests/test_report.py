@@ -29,6 +29,7 @@ from acn_scale.errors import UserError
 from acn_scale.report import depth_report
 from acn_scale.report.bootstrap import cut_at, interval, resample
 from acn_scale.report.measure import cut_copy, take_readings
+from acn_scale.report.numbers import finite
 from acn_scale.report.page import page
 from acn_scale.runs import read_config, read_json, read_metrics
 
@@ -143,11 +144,14 @@ def test_the_page_is_made_of_its_numbers(report: tuple) -> None:
     changed = json.loads(json.dumps(numbers))
     changed["networks"][0]["costs"][0]["bytes"] = 123456789
     assert "123,456,789" in page(changed)
+    assert "different data" not in page(changed)
+    changed["networks"][0]["fingerprint"] = "another"
+    assert "different data" in page(changed)
 
 
 def test_the_page_needs_nothing_else(report: tuple) -> None:
     _, _, html = report
-    assert not {"script", "link", "iframe", "img", "object"} & (Reader(html).tags - {"link"})
+    assert not {"script", "iframe", "img", "object"} & Reader(html).tags
     assert re.findall(r"<link[^>]*>", html) == ['<link rel="icon" href="data:,">']
     for address in re.findall(r'(?:href|src|url)\s*[=(]\s*"?([^">)]*)', html):
         assert address.startswith(("#", "data:")), address
@@ -279,6 +283,16 @@ def test_cuts(twins: list[Path], report: tuple, tmp_path: Path, digits: Path) ->
     assert cut["costs"][-1]["bytes"] == (export / "model.safetensors").stat().st_size
     assert not {"gradient_norms", "config", "environment", "measurements"} & cut.keys()
     assert "Gradients" not in (export / "report" / "report.html").read_text()
+
+
+def test_other_data(twins: list[Path], tmp_path: Path, digits: Path) -> None:
+    """In the place of a run's own; what is not a number is none in depth.json, which any JSON reader takes."""
+    depth_report([twins[1]], tmp_path, data=f"{digits}/train")
+    text = (tmp_path / "depth.json").read_text()
+    (net,) = json.loads(text)["networks"]
+    assert (net["samples"], net["data"]) == (1400, f"{digits}/train")
+    assert "NaN" not in text
+    assert finite({"a": [math.nan, (1, math.inf)], "b": 0.5}) == {"a": [None, [1, None]], "b": 0.5}
 
 
 def test_a_run_that_is_still_training(one_rank: Callable, digits: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class Measurement(BaseModel):
 def report_numbers(subjects: Sequence[Subject], tolerance: float, device: torch.device) -> dict[str, Any]:
     """Evaluate and measure all subjects; `tolerance` is the one that stands out. None stands for what is not finite."""
     tolerances = sorted({*TOLERANCES, tolerance})
-    return _finite(
+    return finite(
         {
             "tolerance": tolerance,
             "tolerances": tolerances,
@@ -119,9 +119,10 @@ def _measurements(path: Path) -> list[dict[str, Any]]:
     return [line.model_dump(mode="json") for line in lines]
 
 
-def _finite(values: Any) -> Any:
+def finite(values: Any) -> Any:
+    """The same in lists and dicts alone, with None for each number that JSON does not know."""
     if isinstance(values, dict):
-        return {name: _finite(value) for name, value in values.items()}
+        return {name: finite(value) for name, value in values.items()}
     if isinstance(values, list | tuple):
-        return [_finite(value) for value in values]
+        return [finite(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values

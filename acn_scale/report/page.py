@@ -152,7 +152,7 @@ def _savings(numbers: dict[str, Any]) -> str:
             times.append(place + cells)
     where = ["network", "blocks", "cut-off within"]
     head = [*where, "parameters", "saved", "FLOPs a sample", "saved", "bytes, fp32", "saved"]
-    batches = [each["batch"] for each in cost["times"]]
+    batches = [each["batch"] for each in numbers["networks"][0]["costs"][0]["times"]]
     speed = where + [cell for size in batches for cell in (f"ms, batch {size}", "samples/s", "speed-up")]
     on = numbers["measured_on"]
     return section(
@@ -212,7 +212,7 @@ def _measurements(networks: Sequence[dict[str, Any]]) -> Iterator[str]:
 def _measurement_cells(line: dict[str, Any]) -> list[str]:
     bounds = line["interval"]
     between = f"{bounds[0]:.4g} to {bounds[1]:.4g}" if bounds else DASH
-    depth, samples, seed = (DASH if line[key] is None else f"{line[key]:,}" for key in ("depth", "samples", "seed"))
+    depth, samples, seed = (DASH if line[key] is None else str(line[key]) for key in ("depth", "samples", "seed"))
     checkpoint = line["checkpoint"] or DASH
     return [line["task"], line["metric"], checkpoint, depth, f"{line['value']:.4g}", between, samples, seed]
 
@@ -228,7 +228,7 @@ def _origins(networks: Sequence[dict[str, Any]]) -> str:
             DASH if net["step"] is None else f"{net['step']:,}",
             net["data"],
             f"{net['samples']:,}",
-            f"{net['metric']}" + (f" ({net['mask_ratio']:.0%} of them)" if net["mask_ratio"] else ""),
+            f"{net['metric']}" + (f" ({net['mask_ratio']:.0%} of all)" if net["mask_ratio"] else ""),
         ]
         rows.append([escape(cell) for cell in cells])
     head = ["network", "from", "model", "step", "evaluated on", "samples", "metric"]
