@@ -168,13 +168,19 @@ def test_what_comes_from_files_is_escaped(twins: list[Path], tmp_path: Path) -> 
     found = {"task": "noise <img src=x onerror=alert(3)>", "metric": "$a$", "value": 0.25, "depth": 3, "other": 1}
     (folder / "eval" / "noise.json").write_text(json.dumps(found))
     (folder / "eval" / "others.json").write_text(json.dumps([found | {"task": "CIFAR-10", "interval": [0.125, 0.5]}]))
-    depth_report([folder])
+    depth_report([folder], tolerance=100)
     html = (folder / "report" / "report.html").read_text()
     reader = Reader(html)
+    assert "after 0 of 3 blocks" in reader.text
     assert not {"script", "img"} & reader.tags
     assert html.count("&lt;script&gt;alert(1)&lt;") >= 5
     for text in (evil, environment["host"], found["task"], "Under noise", "Downstream", "0.125 to 0.5"):
         assert text in reader.text
+    numbers = read_json(folder / "report" / "depth.json")
+    numbers["networks"][0]["cutoffs"][-1]["depth"] = 3
+    reader = Reader(page(numbers))
+    assert "needs all its 3 blocks" in reader.text
+    assert not {"script", "img"} & reader.tags
     (folder / "eval" / "noise.json").write_text('{"task": "noise"}')
     with pytest.raises(UserError, match=r"noise.json: metric: Field required"):
         depth_report([folder])
