@@ -207,6 +207,7 @@ def test_bootstrap(rng: np.random.Generator) -> None:
             assert cut.interval[0] <= cut.depth <= cut.interval[1]
             assert cut.difference_interval[0] <= cut.difference <= cut.difference_interval[1]
     assert widths[0] > 1.5 * widths[1] > 4 * widths[2]
+    assert [interval(np.arange(1001), point) for point in (-1, 500, 1002)] == [(-1, 975), (25, 975), (25, 1002)]
 
 
 def test_depths_are_resampled_together(rng: np.random.Generator) -> None:
