@@ -1,5 +1,6 @@
 """How much of its depth a network uses: scores at every depth, the cut-off, what is saved there."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from acn_scale import distributed
 from acn_scale.config import BertConfig, ModelConfig
+from acn_scale.data.samples import Batch
 from acn_scale.data.stream import Evaluation
 from acn_scale.models import build_model
 
@@ -28,22 +30,11 @@ def evaluate(
     model.eval()
     sums: dict[str, torch.Tensor] = {}
     total = 0
-    for batch, counts in evaluation:
-        batch = {name: values.to(device) for name, values in batch.items()}
+    for scores, counts in scored(model, evaluation, device, changes=changes):
         total += int(counts.sum())
-        counts = counts.to(device)
-        before: torch.Tensor | None = None
-        for depth, output in enumerate(model.readouts(**batch)):
-            scores = {name: values[counts] for name, values in model.score(output, **batch).items()}
-            if changes:
-                logits = _centred(output[counts])
-                before = logits if before is None else before
-                scores |= {"change": (logits - before).square(), "size": logits.square()}
-                before = logits
-            for name, values in scores.items():
-                if name not in sums:
-                    sums[name] = torch.zeros(len(model.trunk.blocks) + 1, dtype=torch.float64, device=device)
-                sums[name][depth] += values.double().sum()
+        for name, values in scores.items():
+            added = values[:, counts].double().sum(dim=1)
+            sums[name] = sums[name] + added if name in sums else added
     model.train(was_training)
     total = distributed.sum_over_ranks(torch.tensor(float(total), dtype=torch.float64, device=device))
     sums = {name: distributed.sum_over_ranks(values) for name, values in sums.items()}
@@ -57,6 +48,27 @@ def _centred(logits: torch.Tensor) -> torch.Tensor:
     """(..., classes) less their mean: what is added to all classes alike changes no prediction."""
     logits = logits.float()
     return logits - logits.mean(dim=-1, keepdim=True)
+
+
+@torch.no_grad()
+def scored(
+    model: nn.Module, evaluation: Iterable[tuple[Batch, torch.Tensor]], device: torch.device, *, changes: bool = False
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Of each batch: the model's scores (depths, batch) at depth 0, 1, ..., in one pass, and which samples count
+    (batch,) bool. Put the model in eval() before, or dropout has its say.
+
+    With `changes`, also the squares of a sample's logits, "size", and of what the block changed in them, "change".
+    """
+    for batch, counts in evaluation:
+        batch = {name: values.to(device) for name, values in batch.items()}
+        depths, before = [], 0.0
+        for output in model.readouts(**batch):
+            depths.append(model.score(output, **batch))
+            if changes:
+                logits = _centred(output).flatten(1)
+                depths[-1] |= {"size": logits.square().sum(dim=1), "change": (logits - before).square().sum(dim=1)}
+                before = logits
+        yield {name: torch.stack([scores[name] for scores in depths]) for name in depths[0]}, counts.to(device)
 
 
 def cutoff(accuracy: list[float], tolerance: float) -> int:
@@ -127,14 +139,20 @@ def tokens_per_sample(cfg: ModelConfig) -> int:
     return (cfg.image_size // cfg.patch_size) ** 2 + (cfg.pool != "mean")
 
 
-def depth_figure(curves: dict[str, list[float]], tolerance: float) -> Figure:
-    """Accuracy over depth, a curve for each name, with its cut-off marked."""
+def depth_figure(
+    curves: dict[str, list[float]], tolerance: float, intervals: dict[str, list[tuple[float, float]]] | None = None
+) -> Figure:
+    """Accuracy over depth, a curve for each name, with its cut-off marked, and a band where intervals are given."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, accuracy in curves.items():
         cut = cutoff(accuracy, tolerance)
         (line,) = axes.plot([100 * value for value in accuracy], marker="o", label=f"{name} (cut-off {cut})")
-        axes.plot(cut, 100 * accuracy[cut], marker="o", markersize=12, fillstyle="none", color=line.get_color())
+        ring = {"marker": "o", "markersize": 12, "fillstyle": "none", "linestyle": "none"}
+        axes.plot(cut, 100 * accuracy[cut], color=line.get_color(), **ring)
+        if intervals:
+            low, high = zip(*([100 * bound for bound in bounds] for bounds in intervals[name]), strict=True)
+            axes.fill_between(range(len(low)), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("depth (blocks)")
     axes.set_ylabel("accuracy (%)")

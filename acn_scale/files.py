@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from acn_scale.errors import UserError
@@ -14,6 +14,31 @@ def write_file(path: Path, content: bytes) -> Path:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     return temporary.replace(path)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """Without a last one that a killed process left unfinished, or that one is just writing."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def write_together(folder: Path, files: dict[str, bytes]) -> None:
+    """Each is there whole, and none where not all can be written: what was there before then stays.
+
+    Makes the folder. Raises UserError.
+    """
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, path in temporary.items():
+            path.write_bytes(files[name])
+        for name, path in temporary.items():
+            path.replace(folder / name)
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror or error}") from None
+    finally:
+        for path in temporary.values():
+            with suppress(OSError):
+                path.unlink()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from acn_scale import distributed
 from acn_scale.config import Config
 from acn_scale.durations import Horizon
-from acn_scale.files import write_file
+from acn_scale.files import whole_lines, write_file
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,8 @@ class Metrics:
     def rewind(self, step: int) -> None:
         """Forget what came after `step`."""
         if self.writes:
-            kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= step]
+            lines = whole_lines(self.path) if self.path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
             write_file(self.path, "".join(kept).encode())
             self._close_board()
             # purge_step at step 0 too: a start that was killed before its first checkpoint has left points.
@@ -200,11 +201,6 @@ def _append(path: Path, content: bytes) -> None:
 
 def _scalar(name: str, value: float, step: int, board: SummaryWriter) -> None:
     board.add_scalar(name, value, step)
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """Without a last line that a killed process left unfinished."""
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
 
 
 class Window:

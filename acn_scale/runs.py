@@ -16,7 +16,7 @@ from typing import Any
 from acn_scale import distributed
 from acn_scale.config import Config
 from acn_scale.errors import UserError
-from acn_scale.files import write_file
+from acn_scale.files import whole_lines, write_file
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "sentencepiece", "numpy", "pydantic")
 
@@ -120,7 +120,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl. Raises UserError where there are none."""
     path = folder / "metrics.jsonl"
     try:
-        lines = path.read_text().splitlines()
+        lines = whole_lines(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; is {folder} a run?") from None
     return [json.loads(line) for line in lines]

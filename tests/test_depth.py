@@ -1,21 +1,17 @@
-"""Cut-off, savings, schedules, and the report of runs side by side."""
+"""Cut-off, savings, schedules, and that every tool has its help."""
 
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_pretrain import run
 
-from acn_scale.config import Config, MixerConfig, OptimConfig, ViTConfig
+from acn_scale.config import MixerConfig, OptimConfig, ViTConfig
 from acn_scale.depth import cost, cutoff
 from acn_scale.durations import Horizon
-from acn_scale.errors import UserError
 from acn_scale.models import build_model
 from acn_scale.optim import learning_rate, parameter_groups
-from acn_scale.report import depth_report
 
 TOOLS = Path(__file__).parents[1] / "tools"
 
@@ -56,22 +52,6 @@ def test_no_weight_decay_on_vectors() -> None:
     assert all(parameter.ndim >= 2 for parameter in decayed["params"])
     assert all(parameter.ndim < 2 for parameter in others["params"])
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
-
-
-def test_report_of_runs(one_rank: Callable, vit: Callable[..., Config], tmp_path: Path) -> None:
-    first, second = vit(run={"name": "ac"}), vit(run={"name": "res"}, model={"connectivity": "residual"})
-    for cfg in (first, second):
-        one_rank(run, cfg)
-    folders = [tmp_path / "runs" / name for name in ("ac", "res")]
-    text = depth_report(folders, tmp_path / "out", tolerance=100)
-    assert (tmp_path / "out" / "depth_curve.png").read_bytes().startswith(b"\x89PNG")
-    rows = text.splitlines()
-    assert rows[0].split()[-4:] == ["0", "1", "2", "3"]
-    assert [row.split()[0] for row in rows[1:3]] == ["ac", "res"]
-    assert "0 of 3" in rows[5]
-    with pytest.raises(UserError, match=r"metrics.jsonl|config.json"):
-        depth_report([tmp_path], tmp_path / "out2", 0.5)
-    assert not (tmp_path / "out2").exists()
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ ROWS = [
     {"log", "runs", "models", "data", "optim", "guard", "profiling"},
     {"engine", "reshape", "depth", "watchdog", "curriculum"},
     {"checkpoint", "ema", "memory", "dead_blocks", "early_exit"},
-    {"convert", "report", "batches"},
-    {"pretrain"},
+    {"convert", "batches"},
+    {"pretrain", "report"},
     {"benchmark", "plan", "evaluation"},
 ]
 ONLY_IN = {"deepspeed": {"engine", "ema"}, "webdataset": {"data", "benchmark"}, "submitit": set()}

@@ -1,4 +1,8 @@
-"""Show the accuracy of runs at every depth, their cut-offs and what is saved there; draw the depth curves."""
+"""Evaluate networks at every depth: accuracy, cut-offs, and what a cut saves; as tables here, as a page and a picture.
+
+python tools/depth_report.py runs/quickstart/ac_vit runs/quickstart/residual_vit
+python tools/depth_report.py exports/ac_vit --data data/digits/eval
+"""
 
 import argparse
 from pathlib import Path
@@ -8,12 +12,16 @@ from acn_scale.report import depth_report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("run", nargs="+", type=Path, help="folders of runs, such as runs/quickstart/ac_vit")
-    parser.add_argument("--tolerance", type=float, default=0.5, help="points of accuracy the cut-off may lose")
-    parser.add_argument("--out", type=Path, help="folder for the picture (default: report/ in the first run)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", nargs="+", type=Path, help="folders of runs (their newest checkpoint), of checkpoints or of exports")
+    add("--data", metavar="DIR", help="evaluation shards (default: each run's own; an export has none)")
+    add("--tolerance", type=float, default=0.5, metavar="POINTS", help="points of accuracy that the cut-off in the "
+        "tables may lose; the page has 0.1, 0.5 and 1.0 too (default: 0.5)")  # fmt: skip
+    add("--out", type=Path, metavar="DIR", help="folder for report.html, depth.json and depth_curve.png (default: "
+        "report/ in the first source)")  # fmt: skip
     args = parser.parse_args()
-    print(depth_report(args.run, args.out or args.run[0] / "report", args.tolerance))
+    print(depth_report(args.source, args.out, tolerance=args.tolerance, data=args.data))
 
 
 if __name__ == "__main__":

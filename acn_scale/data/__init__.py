@@ -2,7 +2,7 @@
 
 import torch
 
-from acn_scale.config import Config, ImageDataConfig
+from acn_scale.config import Config, DataConfig, ImageDataConfig, ModelConfig
 from acn_scale.data.images import ImageDecoder
 from acn_scale.data.order import DiskOrder, Order
 from acn_scale.data.samples import Decoder, Samples
@@ -29,7 +29,7 @@ def build_stream(
         window=cfg.data.shuffle_window,
         group=cfg.data.group,
     )
-    decoder = _decoder(cfg, index, index, training=True)
+    decoder = _decoder(cfg.data, cfg.model, index, index, training=True)
     samples = _probed(Samples(index, decoder, cfg.data, seed=cfg.run.seed, order=order))
     micro_batch_size = cfg.micro_batch_size(world_size)
     horizon = Horizon.of(cfg.train.length, index.num_samples, cfg.train.global_batch_size)
@@ -41,22 +41,31 @@ def build_stream(
 
 def build_evaluation(cfg: Config, rank: int = 0, world_size: int = 1, share: Share = alone) -> Evaluation:
     """This rank's evaluation pass. Raises UserError for shards that are missing or do not fit the model."""
-    index, train = (ShardIndex.load(folder, cfg.data.remote) for folder in (cfg.data.eval, cfg.data.train))
-    decoder = _decoder(cfg, index, train, training=False)
-    return Evaluation(
-        _probed(Samples(index, decoder, cfg.data, seed=0, order=DiskOrder(index.samples_per_shard))),
-        cfg.data,
-        batch_size=cfg.eval.batch_size,
-        rank=rank,
-        world_size=world_size,
-        share=share,
+    return evaluation_of(
+        cfg.data, cfg.model, batch_size=cfg.eval.batch_size, rank=rank, world_size=world_size, share=share
     )
 
 
-def _decoder(cfg: Config, index: ShardIndex, train: ShardIndex, *, training: bool) -> Decoder:
-    if isinstance(cfg.data, ImageDataConfig):
-        return ImageDecoder(cfg.data, cfg.model, index, train.info, training=training)
-    return TextDecoder(cfg.data, cfg.model, index)
+def evaluation_of(
+    data: DataConfig,
+    model: ModelConfig,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    share: Share = alone,
+) -> Evaluation:
+    """The same for a network that no run's config goes with."""
+    index, train = (ShardIndex.load(folder, data.remote) for folder in (data.eval, data.train))
+    decoder = _decoder(data, model, index, train, training=False)
+    samples = Samples(index, decoder, data, seed=0, order=DiskOrder(index.samples_per_shard))
+    return Evaluation(_probed(samples), data, batch_size=batch_size, rank=rank, world_size=world_size, share=share)
+
+
+def _decoder(data: DataConfig, model: ModelConfig, index: ShardIndex, train: ShardIndex, *, training: bool) -> Decoder:
+    if isinstance(data, ImageDataConfig):
+        return ImageDecoder(data, model, index, train.info, training=training)
+    return TextDecoder(data, model, index)
 
 
 def _probed(samples: Samples) -> Samples:

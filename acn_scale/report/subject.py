@@ -1,0 +1,91 @@
+"""What a report is about: a network, the shards to evaluate it on, and the run it comes from, if there is one."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from acn_scale.checkpoint import STATE_NAME
+from acn_scale.config import DataConfig, EvalConfig, ImageDataConfig, TextDataConfig
+from acn_scale.convert.export import is_export
+from acn_scale.convert.network import Card, Network
+from acn_scale.convert.sources import read_model
+from acn_scale.data import evaluation_of
+from acn_scale.data.storage import read_file
+from acn_scale.data.stream import Evaluation
+from acn_scale.data.tokenizer import TOKENIZER_NAME
+from acn_scale.errors import UserError
+from acn_scale.runs import read_config
+
+
+@dataclass(frozen=True)
+class Subject:
+    name: str
+    given: Path  # as the user wrote it
+    folder: Path  # of the run or the export
+    is_run: bool
+    network: Network
+    data: DataConfig
+    evaluation: Evaluation
+
+
+def open_subjects(folders: Sequence[Path], data: str | None) -> list[Subject]:
+    """Of runs, checkpoints and exports. `data` takes the place of a run's own evaluation shards; an export needs it.
+
+    Raises UserError for what is none of them, and for shards that are missing or do not fit.
+    """
+    subjects = [_open(folder, data) for folder in folders]
+    names = [subject.name for subject in subjects]
+    if len(set(names)) < len(names):
+        subjects = [replace(subject, name=str(subject.given)) for subject in subjects]
+    for number, subject in enumerate(subjects):
+        if subject.name in [other.name for other in subjects[:number]]:
+            raise UserError(f"{subject.given}: given twice")
+    return subjects
+
+
+def _open(given: Path, data: str | None) -> Subject:
+    net = read_model(given)
+    whole = given.resolve()
+    if is_export(given):
+        config, batch_size = _data_of_export(given, net.card, data), EvalConfig().batch_size
+        name, folder, is_run = whole.name, given, False
+    else:
+        checkpoint = (given / STATE_NAME).exists()
+        folder = given.absolute().parents[1] if checkpoint else given
+        cfg = read_config(folder)
+        config, batch_size = cfg.data, cfg.eval.batch_size
+        if data is not None:
+            config = config.model_copy(update={"eval": data})
+        name = f"{whole.parents[1].name}/{whole.name}" if checkpoint else whole.name
+        is_run = True
+    evaluation = evaluation_of(config, net.card.model, batch_size=batch_size)
+    if net.tokenizer is not None:
+        _check_tokenizer(net.tokenizer, config)
+    return Subject(name, given, folder, is_run, net, config, evaluation)
+
+
+def _data_of_export(folder: Path, card: Card, data: str | None) -> DataConfig:
+    """Images prepared as the export says; text masked as is usual, since an export does not say how its run did."""
+    if data is None:
+        raise UserError(f"{folder}: an export has no evaluation shards of its own; name some with --data DIR")
+    if card.model.name == "bert":
+        if card.model.num_classes:
+            raise UserError(f"{folder}: model.num_classes = {card.model.num_classes}: must be a masked language model")
+        return TextDataConfig(kind="text", train=data, eval=data)
+    images = card.images
+    if images is None:
+        raise UserError(f"{folder}/config.json: images = null: must say how images are prepared")
+    if images.resize not in (None, math.floor(card.model.image_size / 0.875)):
+        raise UserError(f"{folder}/config.json: images.resize = {images.resize}: must be the image size / 0.875")
+    augment = "none" if images.resize is None else "crop_flip"
+    return ImageDataConfig(kind="images", train=data, eval=data, augment=augment, mean=images.mean, std=images.std)
+
+
+def _check_tokenizer(tokenizer: bytes, data: DataConfig) -> None:
+    try:
+        same = read_file(data.eval, TOKENIZER_NAME, data.remote) == tokenizer
+    except OSError as error:
+        raise UserError(f"{data.eval}/{TOKENIZER_NAME}: {error.strerror or error}") from None
+    if not same:
+        raise UserError(f"{data.eval}/{TOKENIZER_NAME}: not the tokenizer that the network was trained with")
