@@ -8,7 +8,10 @@ HERE = Path(__file__).parent
 MODELS = HERE.parent / "models"
 # In an order in which each needs only those before it.
 SOURCES = (
-    *(MODELS / f"{name}.py" for name in ("connectivity", "layers", "classifier", "vit", "mixer", "bert", "__init__")),
+    *(
+        MODELS / f"{name}.py"
+        for name in ("connectivity", "base", "layers", "classifier", "vit", "mixer", "bert", "__init__")
+    ),
     HERE / "transformers_classes.py",
 )
 HEADER = '''"""Networks of acn_scale for Transformers, made from its source. Needs PyTorch and Transformers only."""

@@ -80,7 +80,7 @@ def costs(net: Network, depths: Sequence[int], mask_ratio: float, name: str) -> 
     sizes = []
     for depth, model in zip(depths, cuts, strict=True):
         counted = cost(net.card.model, depth)
-        stored = len(save(Network(model, net.card).weights()))
+        stored = len(save(Network(model, net.card).weights(), {"format": "pt"}))
         sizes.append({"parameters": counted.parameters, "flops": counted.flops, "bytes": stored})
     times = [_times(cuts, net, size, mask_ratio, name) for size in BATCH_SIZES]
     return [
