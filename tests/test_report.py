@@ -159,7 +159,7 @@ def test_the_page_needs_nothing_else(report: tuple) -> None:
 
 
 def test_what_comes_from_files_is_escaped(twins: list[Path], tmp_path: Path) -> None:
-    evil = "<script>alert(1)<"
+    evil = '"><script>alert(1)<'
     folder = tmp_path / evil
     shutil.copytree(twins[0], folder)
     environment = read_json(folder / "environment.json") | {"host": "</pre><script>alert(2)</script>"}

@@ -1,6 +1,7 @@
 """What the page of a report is put together from: how numbers are written, tables, sections, and its style."""
 
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 DASH, MINUS, NBSP = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
@@ -73,6 +74,18 @@ def note(sentences: Sequence[str]) -> str:
     """Set off from the rest; nothing where there are none."""
     items = "".join(f"<li>{sentence}</li>" for sentence in sentences)
     return f'<ul class="note">{items}</ul>' if items else ""
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A whole page. The title is text, the parts are HTML."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'  # or browsers ask for one
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(parts)
+        + "\n</main>\n</body>\n</html>\n"
+    )
 
 
 def section(title: str, about: str, *parts: str) -> str:

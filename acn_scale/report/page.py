@@ -9,7 +9,7 @@ from acn_scale.report.charts import depth_chart, gradient_chart, influence_chart
 from acn_scale.report.elements import (
     DASH,
     NBSP,
-    STYLE,
+    document,
     figure,
     listed,
     loss,
@@ -41,14 +41,7 @@ def page(numbers: dict[str, Any]) -> str:
         _origins(networks),
         *(_folded(net) for net in networks),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(parts)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return document(title, parts)
 
 
 def _lead(net: dict[str, Any], tolerance: float) -> str:
