@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from acn_scale import distributed
+from acn_scale.reshape import in_order
 
 
 class WeightAverage:
@@ -24,9 +25,12 @@ class WeightAverage:
         """The tensors of this rank's share, whole and in fp32."""
         from deepspeed.utils import safe_get_full_fp32_param  # here: importing it takes seconds
 
-        mine = []
+        mine, masters = [], {}
+        if not self.engine.zero_optimization_stage():
+            parameters, updated, _ = in_order(self.engine.optimizer)
+            masters = {id(parameter): master for parameter, master in zip(parameters, updated, strict=True)}
         for number, (name, parameter) in enumerate(self.engine.module.named_parameters()):
-            whole = safe_get_full_fp32_param(parameter) if self.engine.zero_optimization_stage() else parameter.detach()
+            whole = masters[id(parameter)].detach() if masters else safe_get_full_fp32_param(parameter)
             if number % distributed.world_size() == distributed.rank():
                 mine.append((name, whole.float()))
         return mine

@@ -43,10 +43,10 @@ def names_in_order(engine: Any) -> list[str]:
     if engine.zero_optimization_stage():
         return []
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    return [names[id(parameter)] for parameter in _in_order(engine.optimizer)[0]]
+    return [names[id(parameter)] for parameter in in_order(engine.optimizer)[0]]
 
 
-def _in_order(optimizer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
+def in_order(optimizer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
     """At stage 0: the model's parameters as the optimizer numbers them, those that it updates, and PyTorch's optimizer.
 
     In 16 bits DeepSpeed puts a wrapper round that one, which holds the weights in fp32.
@@ -152,7 +152,7 @@ def _spread(path: Path, out: Path, names: list[str]) -> None:
 
 def _gather(engine: Any, universal: Path) -> None:
     """The universal format into a process at stage 0. The loss scale of fp16 begins anew."""
-    parameters, updated, optimizer = _in_order(engine.optimizer)
+    parameters, updated, optimizer = in_order(engine.optimizer)
     for name, parameter, master in zip(names_in_order(engine), parameters, updated, strict=True):
         values = {
             file.stem: torch.load(file, map_location="cpu", weights_only=True)

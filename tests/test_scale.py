@@ -15,6 +15,7 @@ from acn_scale.checkpoint import complete
 from acn_scale.config import Config
 from acn_scale.data import build_stream
 from acn_scale.data.stream import BatchPlan
+from acn_scale.ema import WeightAverage
 from acn_scale.engine import build_engine, train_step
 from acn_scale.models import build_model
 from acn_scale.optim import build_optimizer, parameter_groups
@@ -229,6 +230,24 @@ def test_ema(one_rank: Callable, two_ranks: Callable, vit: Callable[..., Config]
     assert stored.keys() == average.keys()
     for name, tensor in stored.items():
         assert (tensor - average[name]).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_ema_averages_what_bf16_does_not_round(one_rank: Callable, vit: Callable[..., Config], stage: int) -> None:
+    """Updates too small to show in bf16 show in the average."""
+    train = {"precision": "bf16", "zero_stage": stage, "ema_decay": 0.5}
+    for moved in one_rank(ema_of_a_small_step, vit(train=train, model={"depth": 1})):
+        assert 0 < moved < 1e-5
+
+
+def ema_of_a_small_step(cfg: Config) -> float:
+    """How far the average of a large weight has gone."""
+    engine = build_engine(build_model(cfg.model), cfg, torch.device("cpu"), 1)
+    average = WeightAverage(engine, cfg.train.ema_decay)
+    before = average.average["head.linear.weight"].clone()
+    train_step(engine, build_stream(cfg), 1e-6)
+    average.update()
+    return (average.average["head.linear.weight"] - before).abs().max().item()
 
 
 @pytest.mark.parametrize(
