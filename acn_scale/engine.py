@@ -17,11 +17,16 @@ from acn_scale.config import Config, OptimConfig
 from acn_scale.errors import UserError
 from acn_scale.optim import build_optimizer, parameter_groups, part_of
 
+BUCKET = 500_000_000  # elements of gradients that are summed over the ranks at once, at most
 
-def deepspeed_config(cfg: Config, world_size: int) -> dict[str, Any]:
-    """Everything DeepSpeed is told. What it would otherwise choose by itself (clipping at 1.0) is written out."""
+
+def deepspeed_config(cfg: Config, world_size: int, parameters: int) -> dict[str, Any]:
+    """Everything DeepSpeed is told. What it would otherwise choose by itself (clipping at 1.0) is written out.
+
+    `parameters`: how many numbers the model has; it takes the whole of a bucket's memory, however few they are.
+    """
     micro_batch_size = cfg.micro_batch_size(world_size)
-    zero: dict[str, Any] = {"stage": cfg.train.zero_stage}
+    zero: dict[str, Any] = {"stage": cfg.train.zero_stage, "reduce_bucket_size": min(BUCKET, parameters)}
     if cfg.train.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if cfg.train.offload == "parameters":
@@ -61,7 +66,8 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
         for block in model.trunk.blocks:  # alike, so that one compilation does for all
             block.compile()
     optimizer = _muon(model, cfg.optim) if cfg.optim.name == "muon" else build_optimizer(model, cfg.optim)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(cfg, world_size))
+    config = deepspeed_config(cfg, world_size, sum(parameter.numel() for parameter in model.parameters()))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if world_size == 1 and cfg.train.zero_stage == 0:
         engine.enable_backward_allreduce = False  # it copies all gradients, to sum them with nobody's
     return engine

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from acn_scale.config import Config, ModelConfig
 from acn_scale.curriculum import loss_weights
 from acn_scale.depth import batch_of
+from acn_scale.engine import BUCKET
 from acn_scale.models import build_model
 
-BUCKET = 500_000_000  # elements that DeepSpeed sums over the ranks at once, at most
 LIVE = 1_000_000_000  # elements of whole weights that ZeRO-3 holds at once, at most
 GATHERED = 50_000_000  # elements of them that it brings together at once, at most
 

@@ -59,8 +59,8 @@ def train(cfg: Config, device: torch.device) -> bool:
     setup_logging(folder, rank)
     with (
         StopSignals() as signals,
-        Watchdog(folder, rank, world_size, cfg.health.hang_timeout) as watchdog,
         contextlib.closing(stream),
+        Watchdog(folder, rank, world_size, cfg.health.hang_timeout) as watchdog,  # says at once what has failed
     ):
         return Trainer(cfg, device, folder, stream, evaluation, horizon, signals, watchdog).run()
 

@@ -29,8 +29,7 @@ def layout(engine: Any) -> dict[str, Any]:
 
 
 def describe(layout: dict[str, Any]) -> str:
-    ranks, depth = layout["ranks"], layout["depth"]
-    return f"{ranks} rank{'s' * (ranks > 1)} at ZeRO-{layout['zero_stage']}, {depth} block{'s' * (depth > 1)}"
+    return f"{layout['ranks']} rank{'s' * (layout['ranks'] > 1)} at ZeRO-{layout['zero_stage']}"
 
 
 def fits(written: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -135,7 +135,8 @@ def test_gradient_norms_are_without_loss_scale(two_ranks: Callable, vit: Callabl
 
 
 def test_deepspeed_config_writes_out_what_has_a_default_elsewhere(vit: Callable[..., Config]) -> None:
-    values = deepspeed_config(vit(train={"clip_norm": 0.0, "micro_batch_size": 2}), world_size=2)
+    values = deepspeed_config(vit(train={"clip_norm": 0.0, "micro_batch_size": 2}), world_size=2, parameters=100)
     assert values["gradient_clipping"] == 0.0
     assert values["gradient_accumulation_steps"] == 4
+    assert values["zero_optimization"]["reduce_bucket_size"] == 100
     assert "train_batch_size" not in values
