@@ -53,7 +53,7 @@ def trained(cfg: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     if cfg.train.zero_stage:
         weights = {name: safe_get_full_fp32_param(parameter) for name, parameter in named.items()}
     else:
-        weights = dict(zip(reshape.names_in_order(engine), reshape._in_order(engine.optimizer)[1], strict=True))
+        weights = dict(zip(reshape.names_in_order(engine), reshape.in_order(engine.optimizer)[1], strict=True))
     return {name: weight.detach().clone() for name, weight in weights.items()}, trainers[0].average.average
 
 
