@@ -22,7 +22,7 @@ def evaluate(
     """The mean of each of the model's scores at depth 0, 1, ..., over the samples of all ranks, in one pass.
 
     With `changes`, also "change", how much of the logits a block makes: |logits at depth k - those at k - 1| by |logits
-    at full depth|, root mean squares over samples and classes; 0 at depth 0.
+    at full depth|, root mean squares over samples and classes; at depth 0 they are all its own.
 
     Each sample counts once, whatever the number of ranks and the batch size. Call it on every rank.
     """
