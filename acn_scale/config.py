@@ -110,7 +110,9 @@ class BertConfig(TrunkConfig):
     num_heads: int = Field(ge=1, description="attention heads; must divide dim")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP as a multiple of dim")
     norm: Literal["post", "pre"] = Field("post", description="LayerNorm after each sublayer's join (BERT) or before it")
-    num_classes: int = Field(0, ge=0, description="0: masked language model; n: classifier through BERT's pooler")
+    num_classes: int = Field(
+        0, ge=0, description="through BERT's pooler n classes, or 1: a number; 0: masked language model"
+    )
     init: Init = Field("normal", description="scheme of the initial weights")
 
     @model_validator(mode="after")
@@ -198,7 +200,18 @@ class TextDataConfig(StreamConfig):
     group: ClassVar[int] = 1
 
 
-DataConfig = Annotated[ImageDataConfig | TextDataConfig, Discriminator("kind")]
+class SentenceDataConfig(StreamConfig):
+    kind: Literal["sentences"] = Field(description="what the shards hold")
+    tokenizer: str = Field(
+        min_length=1, description="folder with a tokenizer: tokenizer.model (ours), tokenizer.json or vocab.txt (BERT)"
+    )
+    max_tokens: int = Field(128, ge=4, description="longest sequence with [CLS] and [SEP]; longer texts are cut")
+    buckets: bool = Field(True, description="put samples of like length into a batch, so that little of it is padding")
+    mask_ratio: ClassVar[float] = 0.0
+    group: ClassVar[int] = 1
+
+
+DataConfig = Annotated[ImageDataConfig | TextDataConfig | SentenceDataConfig, Discriminator("kind")]
 
 
 class OptimConfig(Section):
@@ -377,9 +390,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _data_fit_model(self) -> "Config":
-        kind = "text" if self.model.name == "bert" else "images"
+        kind = "images"
+        if self.model.name == "bert":
+            kind = "sentences" if self.model.num_classes else "text"
         if self.data.kind != kind:
-            raise ValueError(f"data.kind = {self.data.kind}: model.name = {self.model.name} takes {kind}")
+            classes = f" with num_classes = {self.model.num_classes}" if self.model.name == "bert" else ""
+            raise ValueError(f"data.kind = {self.data.kind}: model.name = {self.model.name}{classes} takes {kind}")
+        if self.data.kind == "sentences" and self.data.max_tokens > self.model.max_tokens:
+            raise ValueError(f"data.max_tokens = {self.data.max_tokens}: model.max_tokens = {self.model.max_tokens}")
         for key in ("mean", "std") if kind == "images" else ():
             values = getattr(self.data, key)
             if values is not None and len(values) != self.model.channels:

@@ -113,7 +113,8 @@ def batch_of(model: ModelConfig, samples: int, mask_ratio: float) -> dict[str, t
     if isinstance(model, BertConfig):
         tokens = torch.zeros(samples, model.max_tokens, dtype=torch.long)
         if model.num_classes:
-            return {"tokens": tokens, "labels": torch.zeros(samples, dtype=torch.long)}
+            labels = torch.zeros(samples, dtype=torch.long if model.num_classes > 1 else torch.float)
+            return {"tokens": tokens, "labels": labels}
         masked = torch.zeros(samples, max(1, round(mask_ratio * model.max_tokens)), dtype=torch.long)
         return {"tokens": tokens, "masked": masked, "labels": masked.clone()}
     images = torch.zeros(samples, model.channels, model.image_size, model.image_size)

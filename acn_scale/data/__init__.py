@@ -1,11 +1,13 @@
 """The training stream and the evaluation pass that a config asks for."""
 
+import numpy as np
 import torch
 
-from acn_scale.config import Config, DataConfig, ImageDataConfig, ModelConfig
+from acn_scale.config import Config, DataConfig, ImageDataConfig, ModelConfig, SentenceDataConfig
 from acn_scale.data.images import ImageDecoder
-from acn_scale.data.order import DiskOrder, Order
+from acn_scale.data.order import BucketedOrder, DiskOrder, LengthOrder, Order
 from acn_scale.data.samples import Decoder, Samples
+from acn_scale.data.sentences import SentenceDecoder
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.stream import BatchPlan, DeviceCopies, Evaluation, Share, Stream, alone
 from acn_scale.data.text import TextDecoder
@@ -22,15 +24,8 @@ def build_stream(
     Raises UserError for shards that are missing or do not fit the model.
     """
     index = ShardIndex.load(cfg.data.train, cfg.data.remote)
-    order = Order(
-        index.samples_per_shard,
-        seed=cfg.run.seed,
-        streams=cfg.data.streams,
-        window=cfg.data.shuffle_window,
-        group=cfg.data.group,
-    )
     decoder = _decoder(cfg.data, cfg.model, index, index, training=True)
-    samples = _probed(Samples(index, decoder, cfg.data, seed=cfg.run.seed, order=order))
+    samples = _probed(Samples(index, decoder, cfg.data, seed=cfg.run.seed, order=_order(cfg, index)))
     micro_batch_size = cfg.micro_batch_size(world_size)
     horizon = Horizon.of(cfg.train.length, index.num_samples, cfg.train.global_batch_size)
     ramp = horizon.count(cfg.train.batch_ramp)
@@ -58,13 +53,27 @@ def evaluation_of(
     """The same for a network that no run's config goes with."""
     index, train = (ShardIndex.load(folder, data.remote) for folder in (data.eval, data.train))
     decoder = _decoder(data, model, index, train, training=False)
-    samples = Samples(index, decoder, data, seed=0, order=DiskOrder(index.samples_per_shard))
+    sentences = isinstance(data, SentenceDataConfig)
+    sizes = index.samples_per_shard
+    order = LengthOrder(sizes, np.array(index.info["lengths"])) if sentences else DiskOrder(sizes)
+    samples = Samples(index, decoder, data, seed=0, order=order)
     return Evaluation(_probed(samples), data, batch_size=batch_size, rank=rank, world_size=world_size, share=share)
+
+
+def _order(cfg: Config, index: ShardIndex) -> Order:
+    data = cfg.data
+    keys = {"seed": cfg.run.seed, "streams": data.streams, "window": data.shuffle_window, "group": data.group}
+    if isinstance(data, SentenceDataConfig) and data.buckets:
+        lengths = np.array(index.info["lengths"])
+        return BucketedOrder(index.samples_per_shard, lengths=lengths, batch=cfg.train.global_batch_size, **keys)
+    return Order(index.samples_per_shard, **keys)
 
 
 def _decoder(data: DataConfig, model: ModelConfig, index: ShardIndex, train: ShardIndex, *, training: bool) -> Decoder:
     if isinstance(data, ImageDataConfig):
         return ImageDecoder(data, model, index, train.info, training=training)
+    if isinstance(data, SentenceDataConfig):
+        return SentenceDecoder(data, model, index)
     return TextDecoder(data, model, index)
 
 

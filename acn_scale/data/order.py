@@ -22,6 +22,7 @@ class Order:
         self.num_samples = int(samples_per_shard.sum())
         self.seed, self.streams, self.window, self.group = seed, streams, window, group
         whole_rounds, rest = divmod(self.num_samples, group * streams)
+        self.settings = [seed, streams, window, group]  # what the order depends on besides the data
         self._lengths = whole_rounds * group + np.clip(rest - group * np.arange(streams), 0, group)
         self._starts = np.concatenate([[0], np.cumsum(self._lengths)])
         self._shards_of_epoch = functools.lru_cache(maxsize=2)(self._permute_shards)
@@ -81,6 +82,50 @@ class Order:
         return np.random.default_rng([self.seed, epoch, stream, window]).permutation(self._size(stream, window))
 
 
+class BucketedOrder(Order):
+    """The same with samples of like length in one batch, so that little of it is padding.
+
+    The batches of about `BUCKETS` in a row are made anew from their own samples, sorted by length, and come in random
+    order. Each sample still comes exactly once an epoch; `lengths` is of the samples as they lie on disk.
+    """
+
+    BUCKETS = 32  # batches
+
+    def __init__(self, samples_per_shard: np.ndarray, *, lengths: np.ndarray, batch: int, **keys: int) -> None:
+        super().__init__(samples_per_shard, **keys)
+        self.lengths, self.batch = lengths, batch
+        self.settings = [*self.settings, batch]
+        self._first = np.concatenate([[0], np.cumsum(samples_per_shard)])
+        self._sorted = functools.lru_cache(maxsize=4)(self._sort_chunk)
+
+    def locate(self, epoch: int, position: int) -> tuple[int, int]:
+        return super().locate(epoch, self._inner(epoch, position))
+
+    def window_of(self, epoch: int, position: int) -> tuple[int, int, int]:
+        return super().window_of(epoch, self._inner(epoch, position))
+
+    def _inner(self, epoch: int, position: int) -> int:
+        """The position that this one changes places with."""
+        first = -(epoch * self.num_samples) % self.batch  # where the first batch of the epoch's own begins
+        size = self.BUCKETS * self.batch
+        start = 0 if position < first else first + (position - first) // size * size
+        end = first if position < first else min(start + size, self.num_samples)
+        return int(self._sorted(epoch, start, end)[position - start])
+
+    def _sort_chunk(self, epoch: int, start: int, end: int) -> np.ndarray:
+        """A permutation of the positions start ... end - 1."""
+        positions = np.arange(start, end)
+        places = [super(BucketedOrder, self).locate(epoch, position) for position in positions.tolist()]
+        lengths = self.lengths[[self._first[shard] + number for shard, number in places]]
+        by_length = positions[np.argsort(lengths, kind="stable")]
+        batches, rest = divmod(len(positions), self.batch)
+        random = np.random.default_rng([self.seed, epoch, start, 2])
+        # What is no whole batch comes last and goes on into the next epoch; of any length, not always the longest.
+        cut = int(random.integers(batches + 1)) * self.batch
+        whole = np.delete(by_length, np.s_[cut : cut + rest]).reshape(batches, self.batch)
+        return np.concatenate([random.permutation(whole).reshape(-1), by_length[cut : cut + rest]])
+
+
 class DiskOrder:
     """The samples as they lie on disk, in every epoch: the order of evaluation."""
 
@@ -98,3 +143,14 @@ class DiskOrder:
         draw = np.random.default_rng([epoch, position, 1])
         while True:
             yield int(draw.integers(self.num_samples))
+
+
+class LengthOrder(DiskOrder):
+    """The shortest samples first, in every epoch: evaluation with little padding."""
+
+    def __init__(self, samples_per_shard: np.ndarray, lengths: np.ndarray) -> None:
+        super().__init__(samples_per_shard)
+        self._by_length = np.argsort(lengths, kind="stable")
+
+    def locate(self, epoch: int, position: int) -> tuple[int, int]:
+        return super().locate(epoch, int(self._by_length[position]))

@@ -254,7 +254,7 @@ class Stream:
         return {
             "samples": self.taken * self.plan.micro_batch_size * self.plan.world_size,
             "fingerprint": self.samples.index.fingerprint,
-            "order": [order.seed, order.streams, order.window, order.group],
+            "order": order.settings,
             "bad_samples": sorted(self.bad.known),
         }
 
@@ -272,9 +272,10 @@ class Stream:
 class Evaluation:
     """The evaluation pass of one rank, as often as it is iterated over.
 
-    Every sample comes once over all ranks, in disk order. All ranks get the same number of batches of the same sizes,
-    so that collectives in the model meet; what fills up the last ones, or stands in for a sample that cannot be read,
-    does not count. Random draws are keyed by the sample alone: each pass sees the same masks.
+    Every sample comes once over all ranks, in disk order, which take turns at whole batches: a batch is the same on any
+    number of them, and so is what the model makes of it, to the last digit. All get as many batches, so that
+    collectives in the model meet; what fills up for one that is lacking, or stands in for a sample that cannot be
+    read, does not count. Random draws are keyed by the sample alone: each pass sees the same masks.
     """
 
     def __init__(
@@ -290,10 +291,11 @@ class Evaluation:
         self.samples, self.cfg = samples, cfg
         self.bad = BadSamples(cfg, share)
         total = samples.num_samples
-        mine = np.arange(-(-total // world_size)) * world_size + rank
-        chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-        self.positions = [np.minimum(chunk, total - 1).tolist() for chunk in chunks]
-        self.counts = [torch.from_numpy(chunk < total) for chunk in chunks]
+        batches = [list(range(start, min(start + batch_size, total))) for start in range(0, total, batch_size)]
+        lacking = -len(batches) % world_size
+        mine = [*((batch, True) for batch in batches), *[([0], False)] * lacking][rank::world_size]
+        self.positions = [batch for batch, _ in mine]
+        self.counts = [torch.full((len(batch),), there) for batch, there in mine]
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
         """(batch, which of its samples count (batch,) bool)."""

@@ -102,8 +102,8 @@ class Bert(Model):
     ) -> dict[str, Tensor]:
         """tokens, segments, mask: (batch, tokens), mask False at padding; masked: (batch, masked) positions to predict.
 
-        labels: (batch, masked) token ids, or (batch,) classes for a classifier, which takes no `masked`. Returns
-        "logits" (batch, masked, vocab_size) or (batch, num_classes) and, with labels, "loss", the mean cross-entropy.
+        labels: (batch, masked) token ids, or, without `masked`, (batch,) classes, or numbers where num_classes is 1.
+        Returns "logits" (batch, masked, vocab_size) or (batch, num_classes) and, with labels, "loss".
         """
         x = self.embed(tokens, segments)
         if labels is None:
@@ -111,7 +111,9 @@ class Bert(Model):
         return self.supervised(x, mask, lambda x: self.head(x, masked), lambda logits: self.loss(logits, labels))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """() mean cross-entropy."""
+        """() mean cross-entropy, or mean square of the error."""
+        if logits.shape[-1] == 1:
+            return F.mse_loss(logits.float().squeeze(-1), labels)
         return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
 
     def readouts(
@@ -129,7 +131,13 @@ class Bert(Model):
         return self.trunk.readouts(self.embed(tokens, segments), mask, lambda x: self.head(x, masked))
 
     def score(self, logits: Tensor, labels: Tensor, **_: Tensor) -> dict[str, Tensor]:
-        """logits: (batch, [masked,] classes), labels: (batch, [masked]) -> "loss" and "accuracy": (batch,)."""
+        """logits: (batch, [masked,] classes), labels: (batch, [masked]) -> "loss" and "accuracy": (batch,).
+
+        A number counts as right within half a unit.
+        """
+        if logits.shape[-1] == 1:
+            error = logits.float().squeeze(-1) - labels
+            return {"loss": error.square(), "accuracy": (error.abs() <= 0.5).float()}
         batch, classes = len(labels), logits.shape[-1]
         loss = F.cross_entropy(logits.float().view(-1, classes), labels.flatten(), reduction="none")
         correct = (logits.argmax(dim=-1) == labels).float()

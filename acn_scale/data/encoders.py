@@ -1,0 +1,76 @@
+"""Whatever tokenizer lies in a folder -> one way to turn text into ids: ours, or those of Hugging Face's encoders."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from acn_scale.data.tokenizer import CLS, PAD, SEP, TOKENIZER_NAME, load_tokenizer
+from acn_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """`encode` gives the ids of a text without special ones."""
+
+    encode: Callable[[str], list[int]]
+    vocab_size: int
+    cls: int = CLS
+    sep: int = SEP
+    pad: int = PAD
+
+    def sequence(self, texts: tuple[str, ...], max_tokens: int) -> tuple[list[int], list[int]]:
+        """Ids and segments of [CLS] first [SEP], or [CLS] first [SEP] second [SEP]; the longer of two texts is cut
+        first (Devlin et al. 2019, app. A.2).
+        """
+        parts = [self.encode(text) for text in texts]
+        room = max_tokens - 1 - len(parts)
+        while (over := sum(map(len, parts)) - room) > 0:
+            longest = max(parts, key=len)  # the first one of two that are as long
+            others = max((len(part) for part in parts if part is not longest), default=0)
+            del longest[len(longest) - max(1, min(over, len(longest) - others)) :]
+        ids, segments = [self.cls], [0]
+        for number, part in enumerate(parts):
+            ids += [*part, self.sep]
+            segments += [number] * (len(part) + 1)
+        return ids, segments
+
+
+def load_encoder(folder: str | Path) -> Encoder:
+    """Raises UserError for a folder that holds no tokenizer, or one without [CLS], [SEP] and [PAD]."""
+    folder = Path(folder)
+    if (folder / TOKENIZER_NAME).exists():
+        ours = load_tokenizer(folder)
+        return Encoder(ours.EncodeAsIds, ours.vocab_size())
+    for name in ("tokenizer.json", "vocab.txt"):
+        if (folder / name).exists():
+            return _hugging_face(folder / name)
+    raise UserError(f"data.tokenizer = {folder}: holds no {TOKENIZER_NAME}, tokenizer.json or vocab.txt")
+
+
+def _hugging_face(path: Path) -> Encoder:
+    import tokenizers  # here: no run on images needs it
+
+    try:
+        if path.suffix == ".json":
+            theirs = tokenizers.Tokenizer.from_file(str(path))
+            theirs.no_truncation()
+            theirs.no_padding()
+        else:
+            theirs = tokenizers.BertWordPieceTokenizer(str(path), lowercase=_lowercase(path.parent))
+    except Exception as error:  # the library raises nothing more special
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    special = {name: theirs.token_to_id(name) for name in ("[CLS]", "[SEP]", "[PAD]")}
+    if missing := [name for name, number in special.items() if number is None]:
+        raise UserError(f"{path}: has no {missing[0]}; must be a tokenizer of BERT's kind")
+
+    def encode(text: str) -> list[int]:
+        return theirs.encode(text, add_special_tokens=False).ids
+
+    return Encoder(encode, theirs.get_vocab_size(), *special.values())
+
+
+def _lowercase(folder: Path) -> bool:
+    """As BERT's tokenizer does unless its settings say otherwise."""
+    settings = folder / "tokenizer_config.json"
+    return json.loads(settings.read_text()).get("do_lower_case", True) if settings.exists() else True

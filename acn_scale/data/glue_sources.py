@@ -1,0 +1,133 @@
+"""GLUE as people have it, the official TSV files or a Hugging Face data set -> rows of texts with their labels."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from acn_scale.data.sources import find_source, load_hugging_face
+from acn_scale.data.tasks import Task
+from acn_scale.errors import UserError
+
+BROKEN = 0.001  # share of a file's lines that may lack columns: the official QQP has a few
+HUB_SPLITS = {"eval": "validation", "eval_mismatched": "validation_mismatched", "test_mismatched": "test_mismatched"}
+HUB_TEXTS = {"mrpc": ("sentence1", "sentence2"), "mnli": ("premise", "hypothesis"), "ax": ("premise", "hypothesis")}
+
+
+@dataclass(frozen=True)
+class Row:
+    """`label`: the number of a class, or the number to be predicted; None where the file does not tell."""
+
+    texts: tuple[str, ...]
+    label: float | None
+    index: str  # by which the GLUE server knows it
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The rows of one split, and how many lines were left out since they lack columns."""
+
+    rows: list[Row]
+    broken: list[str]
+
+
+def read_split(source: str, name: str, task: Task, split: str) -> Lines | None:
+    """None where the source has no such split. Raises UserError for files that are not as the task's should be."""
+    opener, rest = find_source(source, GLUE_SOURCES)
+    return opener(rest, name, task, split)
+
+
+def _from_files(rest: str, name: str, task: Task, split: str) -> Lines | None:
+    folder = Path(rest)
+    path = next((each for each in _places(folder, task, split) if each.exists()), None)
+    if path is None:
+        if not any(each.parent.is_dir() for each in _places(folder, task, split)):
+            raise UserError(f"{folder / task.folder}: no such folder; it must hold {', '.join(task.splits.values())}")
+        return None
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:  # MRPC begins with a byte-order mark
+            return _rows(path, file, task, split)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _places(folder: Path, task: Task, split: str) -> tuple[Path, Path]:
+    """In the folder of all tasks, or in that of this one."""
+    return folder / task.folder / task.splits[split], folder / task.splits[split]
+
+
+def _rows(path: Path, file: Iterator[str], task: Task, split: str) -> Lines:
+    tests = split.startswith("test")
+    lines = ((number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(file, 1))
+    if task.columns and not tests:
+        columns = list(task.columns)
+    else:
+        _, columns = next(lines, (0, [""]))
+    wanted = [*task.texts, *([] if tests else [task.label])]
+    if missing := [column for column in wanted if column not in columns]:
+        raise UserError(f"{path}: line 1: has no column {missing[0]!r}; its columns are {', '.join(columns)}")
+    rows, broken = [], []
+    for number, cells in lines:
+        if len(cells) != len(columns):
+            broken.append(f"{path}: line {number}: {len(cells)} of {len(columns)} columns")
+            continue
+        values = dict(zip(columns, cells, strict=True))
+        label = None if tests else _label(values[task.label], task, f"{path}: line {number}: {task.label}")
+        index = values.get("index", values.get("id", str(len(rows)))) if tests else str(len(rows))
+        rows.append(Row(tuple(values[text] for text in task.texts), label, index))
+    if len(broken) > max(BROKEN * len(rows), 1):
+        raise UserError(f"{broken[0]}, and {len(broken) - 1} more such lines")
+    if not rows:
+        raise UserError(f"{path}: holds no rows")
+    return Lines(rows, broken)
+
+
+def _label(text: str, task: Task, what: str) -> float:
+    if task.labels:
+        if text not in task.labels:
+            raise UserError(f"{what} = {text!r}: must be one of {', '.join(task.labels)}")
+        return task.labels.index(text)
+    low, high = task.range
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not low <= value <= high:
+        raise UserError(f"{what} = {text!r}: must be a number from {low:g} to {high:g}")
+    return value
+
+
+def _from_hub(rest: str, name: str, task: Task, split: str) -> Lines | None:
+    """A data set whose configs are the tasks, as nyu-mll/glue has them; or a local folder of such."""
+    import datasets
+
+    path = rest or "nyu-mll/glue"
+    theirs = HUB_SPLITS.get(split, split)
+    if name == "mnli" and not split.endswith("mismatched"):
+        theirs = {"train": "train", "eval": "validation_matched", "test": "test_matched"}[split]
+    try:
+        names = datasets.get_dataset_split_names(path, name)
+    except Exception as error:  # of many kinds: no such name, no network
+        raise UserError(f"hf:{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+    if theirs not in names:
+        return None
+    table = load_hugging_face(f"{path}:{name}", theirs, streaming=False)
+    texts = HUB_TEXTS.get(name, task.texts)
+    if missing := [column for column in (*texts, "label") if column not in table.column_names]:
+        raise UserError(f"hf:{path}: {name}, {theirs}: has no column {missing[0]!r}")
+    return Lines(list(_hub_rows(table, task, texts, f"hf:{path}: {name}, {theirs}")), [])
+
+
+def _hub_rows(table: Any, task: Task, texts: tuple[str, ...], what: str) -> Iterator[Row]:
+    for number, values in zip(itertools.count(), table, strict=False):
+        label = values["label"]
+        label = None if label is None or label == -1 else float(label)
+        if label is not None and task.labels and label not in range(len(task.labels)):
+            raise UserError(f"{what}: row {number}: label = {label:g}: must be 0 to {len(task.labels) - 1}")
+        yield Row(tuple(values[text] for text in texts), label, str(values.get("idx", number)))
+
+
+GLUE_SOURCES: Mapping[str, Callable[[str, str, Task, str], Lines | None]] = {"tsv": _from_files, "hf": _from_hub}
