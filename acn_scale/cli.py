@@ -88,18 +88,27 @@ def share(text: str) -> float:
     return value
 
 
-def config_from_args(args: Sequence[str], program: str) -> Config:
-    """The run that a command line asks for. Raises UserError for anything in it that is not valid."""
+def config_from_args(
+    args: Sequence[str], program: str, complete: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> Config:
+    """The run that a command line asks for. `complete` adds what it leaves to be found out.
+
+    Raises UserError for anything in it that is not valid.
+    """
     if "--help" in args or "-h" in args:
         print(USAGE.format(program=program), help_text(), sep="\n\n")
         sys.exit(0)
     args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]  # a launcher's own
     if len(args) < 2 or args[0] != "--config":
         raise UserError(USAGE.format(program=program) + "; --help lists the keys")
-    return load_config(Path(args[1]), args[2:])
+    return load_config(Path(args[1]), args[2:], complete)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path,
+    overrides: Sequence[str] = (),
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> Config:
     """Read a TOML file, or a run's config.json, after the file that its `base` names, and apply overrides such as
     "optim.lr=3e-4".
     """
@@ -113,7 +122,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"{override!r}: an override is key.sub=value")
         values = _merge(values, _nested(key.split("."), _parse(text)))
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(complete(values))
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
 

@@ -205,7 +205,10 @@ class SentenceDataConfig(StreamConfig):
     tokenizer: str = Field(
         min_length=1, description="folder with a tokenizer: tokenizer.model (ours), tokenizer.json or vocab.txt (BERT)"
     )
-    max_tokens: int = Field(128, ge=4, description="longest sequence with [CLS] and [SEP]; longer texts are cut")
+    max_tokens: int | None = Field(
+        None, ge=4, description="longest sequence with [CLS] and [SEP], longer ones are cut; default: 128, or "
+        "model.max_tokens where that is less"
+    )  # fmt: skip
     buckets: bool = Field(True, description="put samples of like length into a batch, so that little of it is padding")
     mask_ratio: ClassVar[float] = 0.0
     group: ClassVar[int] = 1
@@ -396,7 +399,7 @@ class Config(Section):
         if self.data.kind != kind:
             classes = f" with num_classes = {self.model.num_classes}" if self.model.name == "bert" else ""
             raise ValueError(f"data.kind = {self.data.kind}: model.name = {self.model.name}{classes} takes {kind}")
-        if self.data.kind == "sentences" and self.data.max_tokens > self.model.max_tokens:
+        if self.data.kind == "sentences" and (self.data.max_tokens or 0) > self.model.max_tokens:
             raise ValueError(f"data.max_tokens = {self.data.max_tokens}: model.max_tokens = {self.model.max_tokens}")
         for key in ("mean", "std") if kind == "images" else ():
             values = getattr(self.data, key)

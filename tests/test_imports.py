@@ -13,12 +13,13 @@ ROWS = [
     {"durations", "files", "stopping", "hardware"},
     {"config"},
     {"cli", "distributed"},
-    {"log", "runs", "models", "data", "optim", "guard", "profiling"},
+    {"log", "progress", "runs", "models", "data", "optim", "guard", "profiling"},
     {"engine", "reshape", "depth", "watchdog", "curriculum"},
     {"checkpoint", "ema", "memory", "dead_blocks", "early_exit"},
-    {"convert", "batches"},
+    {"convert", "batches", "results"},
     {"pretrain", "report"},
-    {"benchmark", "plan", "evaluation"},
+    {"benchmark", "plan", "evaluation", "downstream"},
+    {"finetune"},
 ]
 ONLY_IN = {"deepspeed": {"engine", "ema"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 

@@ -1,5 +1,6 @@
 """A trained network by itself: the model with its weights, and a card that says what it is and where it came from."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -52,6 +53,14 @@ class Network:
         """By name; tied ones once."""
         named = self.model.named_parameters()
         return {name: weight.detach().to(DTYPES[dtype]).contiguous() for name, weight in named}
+
+    def digest(self) -> str:
+        """Of the weights: the same for a checkpoint and its export, whatever they lie in."""
+        found = hashlib.sha256()
+        for name, weight in sorted(self.weights().items()):
+            found.update(name.encode())
+            found.update(weight.numpy())
+        return found.hexdigest()[:16]
 
     def cut(self, depth: int) -> "Network":
         """The network that ends after `depth` blocks, with the same head. This one's model is used up.

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from acn_scale.checkpoint import STATE_NAME, complete, read_state
-from acn_scale.config import Config, ImageDataConfig
+from acn_scale.config import Config, ImageDataConfig, SentenceDataConfig
 from acn_scale.convert.export import is_export, read_export
 from acn_scale.convert.hugging_face import read_hugging_face
 from acn_scale.convert.network import Card, Images, Network, network
@@ -89,11 +89,12 @@ def _images(cfg: Config) -> Images | None:
 
 
 def _tokenizer(cfg: Config) -> bytes | None:
-    """The file beside the shards, where it can still be read."""
+    """The file beside the shards, or in the tokenizer's own folder, where it can still be read."""
     if isinstance(cfg.data, ImageDataConfig):
         return None
+    folder = cfg.data.tokenizer if isinstance(cfg.data, SentenceDataConfig) else cfg.data.train
     try:
-        return read_file(cfg.data.train, TOKENIZER_NAME, cfg.data.remote)
+        return read_file(folder, TOKENIZER_NAME, cfg.data.remote)
     except OSError as error:
-        log.warning("%s/%s: %s; the network goes without its tokenizer", cfg.data.train, TOKENIZER_NAME, error)
+        log.warning("%s/%s: %s; the network goes without its tokenizer", folder, TOKENIZER_NAME, error)
         return None

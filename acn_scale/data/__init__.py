@@ -1,5 +1,7 @@
 """The training stream and the evaluation pass that a config asks for."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -49,10 +51,11 @@ def evaluation_of(
     rank: int = 0,
     world_size: int = 1,
     share: Share = alone,
+    noise: Any = None,
 ) -> Evaluation:
-    """The same for a network that no run's config goes with."""
+    """The same for a network that no run's config goes with. `noise`: what a decoder does to each sample first."""
     index, train = (ShardIndex.load(folder, data.remote) for folder in (data.eval, data.train))
-    decoder = _decoder(data, model, index, train, training=False)
+    decoder = _decoder(data, model, index, train, training=False, noise=noise)
     sentences = isinstance(data, SentenceDataConfig)
     sizes = index.samples_per_shard
     order = LengthOrder(sizes, np.array(index.info["lengths"])) if sentences else DiskOrder(sizes)
@@ -69,11 +72,13 @@ def _order(cfg: Config, index: ShardIndex) -> Order:
     return Order(index.samples_per_shard, **keys)
 
 
-def _decoder(data: DataConfig, model: ModelConfig, index: ShardIndex, train: ShardIndex, *, training: bool) -> Decoder:
+def _decoder(
+    data: DataConfig, model: ModelConfig, index: ShardIndex, train: ShardIndex, *, training: bool, noise: Any = None
+) -> Decoder:
     if isinstance(data, ImageDataConfig):
         return ImageDecoder(data, model, index, train.info, training=training)
     if isinstance(data, SentenceDataConfig):
-        return SentenceDecoder(data, model, index)
+        return SentenceDecoder(data, model, index, noise)
     return TextDecoder(data, model, index)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from acn_scale.data.tokenizer import CLS, PAD, SEP, TOKENIZER_NAME, load_tokenizer
 from acn_scale.errors import UserError
 
+TOKENIZER_FILES = (TOKENIZER_NAME, "tokenizer.json", "vocab.txt")
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -42,10 +44,10 @@ def load_encoder(folder: str | Path) -> Encoder:
     if (folder / TOKENIZER_NAME).exists():
         ours = load_tokenizer(folder)
         return Encoder(ours.EncodeAsIds, ours.vocab_size())
-    for name in ("tokenizer.json", "vocab.txt"):
+    for name in TOKENIZER_FILES[1:]:
         if (folder / name).exists():
             return _hugging_face(folder / name)
-    raise UserError(f"data.tokenizer = {folder}: holds no {TOKENIZER_NAME}, tokenizer.json or vocab.txt")
+    raise UserError(f"data.tokenizer = {folder}: holds none of {', '.join(TOKENIZER_FILES)}")
 
 
 def _hugging_face(path: Path) -> Encoder:

@@ -1,7 +1,9 @@
 """Labelled texts and pairs of texts -> padded batches."""
 
 import json
+from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from acn_scale.config import BertConfig, SentenceDataConfig
@@ -10,13 +12,18 @@ from acn_scale.data.samples import Batch, Key
 from acn_scale.data.shards import ShardIndex
 from acn_scale.errors import BadData, UserError
 
+USUAL_TOKENS = 128  # of a sequence on GLUE
 Sample = tuple[list[int], list[int], float]
+TextNoise = Callable[[str, np.random.Generator], str]
 
 
 class SentenceDecoder:
-    """Tokenizes the texts of one split, and pads a batch to its longest."""
+    """Tokenizes the texts of one split, after `noise` has changed each, and pads a batch to its longest."""
 
-    def __init__(self, cfg: SentenceDataConfig, model: BertConfig, index: ShardIndex) -> None:
+    def __init__(
+        self, cfg: SentenceDataConfig, model: BertConfig, index: ShardIndex, noise: TextNoise | None = None
+    ) -> None:
+        self.noise = noise
         info = index.info
         if info.get("kind") != "sentences":
             raise UserError(f"{index.folder}: holds {info.get('kind')} shards; data.kind = sentences takes sentences")
@@ -24,7 +31,8 @@ class SentenceDecoder:
         if classes != model.num_classes:
             what = f"{classes} classes" if info["classes"] else "numbers: model.num_classes must be 1"
             raise UserError(f"model.num_classes = {model.num_classes}: {index.folder} has {what}")
-        self.encoder, self.max_tokens, self.classes = load_encoder(cfg.tokenizer), cfg.max_tokens, classes
+        self.encoder, self.classes = load_encoder(cfg.tokenizer), classes
+        self.max_tokens = cfg.max_tokens or min(USUAL_TOKENS, model.max_tokens)
         if self.encoder.vocab_size > model.vocab_size:
             pieces = self.encoder.vocab_size
             raise UserError(f"data.tokenizer = {cfg.tokenizer}: {pieces} pieces; model.vocab_size = {model.vocab_size}")
@@ -34,6 +42,9 @@ class SentenceDecoder:
         try:
             values = json.loads(files["json"])
             texts, label = tuple(values["texts"]), values["label"]
+            if self.noise:
+                random = key.generator()
+                texts = tuple(self.noise(text, random) for text in texts)
             ids, segments = self.encoder.sequence(texts, self.max_tokens)
         except (KeyError, ValueError, TypeError) as error:
             raise BadData(f"no texts with a label: {error!r}") from None

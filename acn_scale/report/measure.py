@@ -3,9 +3,8 @@
 import copy
 import platform
 import statistics
-import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 from torch import nn
-from tqdm import tqdm
 
 from acn_scale.convert.network import Network
 from acn_scale.data.samples import Batch
 from acn_scale.data.stream import Evaluation
 from acn_scale.depth import batch_of, cost, scored
+from acn_scale.progress import bar
 
 BATCH_SIZES = (1, 32)  # that are timed
 WARM_UP = 3  # rounds that do not count
@@ -54,7 +53,7 @@ def take_readings(model: nn.Module, evaluation: Evaluation, device: torch.device
             cosines.append(F.cosine_similarity(below.pop(), readout, dim=-1).mean(dim=1))
         below.append(readout)
 
-    batches = _bar(evaluation, f"{name}: evaluating", total=len(evaluation.counts), unit="batch")
+    batches = bar(evaluation, f"{name}: evaluating", len(evaluation.counts))
     handle = model.head.register_forward_pre_hook(listen)
     try:
         for scores, counts in scored(model, batches, device):
@@ -134,19 +133,11 @@ def _in_turns(models: Sequence[nn.Module], batch: Batch, description: str) -> li
         seconds(model)
     rounds = []
     start = time.perf_counter()
-    for number in _bar(range(ROUNDS[1]), description, total=ROUNDS[1], unit="round"):
+    for number in bar(range(ROUNDS[1]), description, ROUNDS[1], "round"):
         if number >= ROUNDS[0] and time.perf_counter() - start > SECONDS:
             break
         rounds.append([seconds(model) for model in models])
     return [list(column) for column in zip(*rounds, strict=True)]
-
-
-def _bar(items: Iterable[Any], description: str, *, total: int, unit: str) -> tqdm:
-    """A terminal sees it move, a log file gets a line now and then."""
-    interval = 0.5 if sys.stderr.isatty() else 20
-    return tqdm(
-        items, desc=description, total=total, unit=unit, mininterval=interval, maxinterval=interval, leave=False
-    )
 
 
 def describe(device: torch.device) -> dict[str, Any]:

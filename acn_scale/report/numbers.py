@@ -8,33 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from acn_scale.config import TextDataConfig
-from acn_scale.errors import UserError
 from acn_scale.report.bootstrap import LEVEL, RESAMPLES, cut_at, interval, resample
 from acn_scale.report.measure import costs, describe, take_readings
 from acn_scale.report.subject import Subject
+from acn_scale.results import read_measurements
 from acn_scale.runs import read_json, read_metrics
 
 TOLERANCES = (0.1, 0.5, 1.0)  # points of accuracy
 COLUMNS = 200  # of the gradient norms' heat map
 BLOCK_NORM = "grad_norm/block_"
-
-
-class Measurement(BaseModel):
-    """A line of eval/*.json: what an evaluation found. Further keys are passed over."""
-
-    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
-
-    task: str
-    metric: str
-    value: float
-    interval: list[float] | None = Field(None, min_length=2, max_length=2)
-    samples: int | None = None
-    depth: int | None = None
-    checkpoint: str | None = None
-    seed: int | None = None
 
 
 def report_numbers(subjects: Sequence[Subject], tolerance: float, device: torch.device) -> dict[str, Any]:
@@ -90,7 +74,7 @@ def _network(subject: Subject, tolerances: list[float], device: torch.device) ->
 def _training(folder: Path) -> dict[str, Any]:
     """What a run's folder says of its training, its evaluations elsewhere, and what made it."""
     found = {name: read_json(folder / f"{name}.json") for name in ("config", "environment")}
-    measurements = [line for path in sorted((folder / "eval").glob("*.json")) for line in _measurements(path)]
+    measurements = [line.model_dump(mode="json") for line in read_measurements(folder)]
     return {"gradient_norms": _gradient_norms(folder), "measurements": measurements} | found
 
 
@@ -106,17 +90,6 @@ def _gradient_norms(folder: Path) -> dict[str, Any] | None:
         "blocks": [int(name.removeprefix(BLOCK_NORM)) for name in blocks],
         "norms": [[lines[place].get(name) for name in blocks] for place in places],
     }
-
-
-def _measurements(path: Path) -> list[dict[str, Any]]:
-    """Of one file: an object or a list of them. Raises UserError for anything else."""
-    values = read_json(path)
-    try:
-        lines = [Measurement.model_validate(each) for each in (values if isinstance(values, list) else [values])]
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return [line.model_dump(mode="json") for line in lines]
 
 
 def finite(values: Any) -> Any:

@@ -1,0 +1,55 @@
+"""What a network says of every sample of an evaluation set at every depth, from one pass over all ranks."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from acn_scale import distributed
+from acn_scale.data.stream import Evaluation
+from acn_scale.models.base import Model
+from acn_scale.progress import bar
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """In the order of the samples as they lie on disk, those left out that cannot be read."""
+
+    samples: np.ndarray  # (samples,) their numbers in the data set
+    labels: np.ndarray  # (samples,)
+    outputs: np.ndarray  # (samples, depths, ...)
+
+
+def as_they_are(logits: Tensor) -> Tensor:
+    return logits.float()
+
+
+@torch.no_grad()
+def predict(
+    model: Model,
+    evaluation: Evaluation,
+    device: torch.device,
+    name: str,
+    of: Callable[[Tensor], Tensor] = as_they_are,
+) -> Predictions:
+    """`of` makes of logits (batch, classes) what is kept of them, (batch, ...). The model is on the device.
+
+    Call it on every rank; each gets the whole. The same on any number of ranks, to the last digit.
+    """
+    model.eval()
+    numbers, labels, outputs = [], [], []
+    places: Iterable[list[int]] = evaluation.positions
+    for positions, (batch, counts) in zip(places, bar(evaluation, name, len(evaluation.counts)), strict=True):
+        batch = {key: values.to(device) for key, values in batch.items()}
+        kept = torch.stack([of(logits) for logits in model.readouts(**batch)], dim=1).cpu()
+        numbers.append(np.array([evaluation.samples.key(position)[0].sample for position in positions])[counts])
+        labels.append(batch["labels"].cpu()[counts].numpy())
+        outputs.append(kept[counts].numpy())
+    parts = [(np.concatenate(numbers), np.concatenate(labels), np.concatenate(outputs))]
+    if torch.distributed.is_initialized():
+        parts = distributed.union(parts)
+    samples, labels, outputs = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    order = np.argsort(samples)
+    return Predictions(samples[order], labels[order], outputs[order])

@@ -1,0 +1,53 @@
+"""What a fine-tuning run takes over from the network that it starts from: its model and its tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+from acn_scale.checkpoint import STATE_NAME
+from acn_scale.config import RemoteConfig, SentenceDataConfig
+from acn_scale.convert.network import Network
+from acn_scale.convert.sources import read_model
+from acn_scale.data.encoders import TOKENIZER_FILES
+from acn_scale.data.shards import ShardIndex
+from acn_scale.data.tokenizer import TOKENIZER_NAME
+from acn_scale.errors import UserError
+from acn_scale.runs import read_config
+
+
+def completed(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config with [model] filled in from train.init_from and the classes of data.train, and with the
+    source's tokenizer for sentences. A config that names its model is left as it is.
+
+    Raises UserError where keys are missing, or data.tokenizer is not the source's.
+    """
+    if values.get("model", {}).get("name"):
+        return values
+    source, data = values.get("train", {}).get("init_from"), values.get("data", {})
+    for key, given in (("train.init_from", source), ("data.train", data.get("train"))):
+        if not isinstance(given, str):
+            raise UserError(f"{key}: missing; the model is found out from it")
+    net = read_model(source)
+    classes = len(ShardIndex.load(data["train"], RemoteConfig()).info.get("classes", []))
+    model = net.card.model.model_dump(mode="json") | {"num_classes": classes or 1} | values.get("model", {})
+    if data.get("kind") == "sentences":
+        data = {"tokenizer": tokenizer_folder(source)} | data
+        _check_tokenizer(net, source, data["tokenizer"])
+    return values | {"model": model, "data": data}
+
+
+def tokenizer_folder(source: str) -> str:
+    """Where the tokenizer of a network lies. Raises UserError where there is none."""
+    path = Path(source.removeprefix("hf:"))
+    if any((path / name).exists() for name in TOKENIZER_FILES):
+        return str(path)
+    run = path.absolute().parents[1] if (path / STATE_NAME).exists() else path
+    if not (run / "config.json").exists():
+        raise UserError(f"train.init_from = {source}: has no tokenizer; name one with data.tokenizer")
+    data = read_config(run).data
+    return data.tokenizer if isinstance(data, SentenceDataConfig) else data.train
+
+
+def _check_tokenizer(net: Network, source: str, folder: str) -> None:
+    path = Path(folder) / TOKENIZER_NAME
+    if net.tokenizer is not None and (not path.exists() or path.read_bytes() != net.tokenizer):
+        raise UserError(f"data.tokenizer = {folder}: not the tokenizer that {source} was trained with")

@@ -1,0 +1,196 @@
+"""A fine-tuned classifier of texts on its task: GLUE's metrics at every depth, and the files that its server takes."""
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from acn_scale import distributed
+from acn_scale.config import Config, SentenceDataConfig
+from acn_scale.convert.network import Network
+from acn_scale.convert.sources import read_model
+from acn_scale.data import evaluation_of
+from acn_scale.data.samples import Samples
+from acn_scale.data.sentences import TextNoise
+from acn_scale.data.shards import ShardIndex
+from acn_scale.data.tasks import TASKS, Task
+from acn_scale.downstream.metrics import measure
+from acn_scale.downstream.predictions import Predictions, predict
+from acn_scale.errors import UserError
+from acn_scale.files import write_together
+from acn_scale.results import Measurement, write_measurements
+from acn_scale.runs import read_config
+
+log = logging.getLogger(__name__)
+
+DIGITS = 3  # of predicted numbers, as they are written and measured
+MAJORITY = "all samples are given the same class"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Shards of a task: what `name` its results get, and the server's file where it is a test set."""
+
+    name: str
+    index: ShardIndex
+    task: Task
+    server: str | None
+
+
+def evaluate_task(
+    source: Path, device: torch.device, *, data: str | None = None, noises: dict[str, TextNoise] | None = None
+) -> list[Measurement]:
+    """Read out a run, a checkpoint or an export of a classifier of texts at every depth, on every split that lies
+    beside its evaluation shards; `data` takes the place of these.
+
+    Writes eval/<task>.json, eval/predictions/<split>.tsv, from which alone the metrics are computed, and, where there
+    are test sets, submission/*.tsv for the GLUE server. With `noises`, only eval/<task>+<noise>.json, on noisy texts.
+    Call it on every rank; rank 0 writes. Raises UserError.
+    """
+    with distributed.together():
+        net = read_model(source)
+        cfg, batch_size, seed, folder = _data_of(source, net, data)
+        splits = _splits(Path(cfg.eval), net)
+    model, digest = net.model.to(device), net.digest()
+    found, files = [], {}
+    passes = [(split, name, noise) for split in splits for name, noise in (noises or {"": None}).items()]
+    for split, noise_name, noise in passes:
+        if noise and split.server:
+            continue
+        evaluation = evaluation_of(
+            cfg.model_copy(update={"eval": str(split.index.folder)}),
+            net.card.model,
+            batch_size=batch_size,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            share=distributed.union,
+            noise=noise,
+        )
+        name = f"{split.name}+{noise_name}" if noise else split.name
+        predictions = _written(predict(model, evaluation, device, name), split.task)
+        if split.server:
+            files[f"submission/{split.server}.tsv"] = _submission(predictions, split, evaluation.samples)
+        else:
+            found += _measured(predictions, split, name, digest, seed)
+        if not noise:
+            files[f"eval/predictions/{split.name}.tsv"] = _table(predictions, split)
+    if distributed.rank() == 0:
+        _write(folder, found, files)
+    return found
+
+
+def _write(folder: Path, found: Sequence[Measurement], files: dict[str, bytes]) -> None:
+    for place in {str(Path(name).parent) for name in files}:
+        part = {Path(name).name: content for name, content in files.items() if str(Path(name).parent) == place}
+        write_together(folder / place, part)
+    for task in dict.fromkeys(each.task for each in found):
+        path = write_measurements(folder, task, [each for each in found if each.task == task])
+        log.info("%s: %s", path, summary([each for each in found if each.task == task]))
+
+
+def summary(found: Sequence[Measurement]) -> str:
+    """Of one task at full depth, in a line."""
+    last = max(each.depth for each in found)
+    rows = [each for each in found if each.depth == last]
+    parts = [f"{row.metric} {100 * row.value:.1f} ({100 * row.interval[0]:.1f} to {100 * row.interval[1]:.1f})"
+             for row in rows]  # fmt: skip
+    return f"{rows[0].task}, {rows[0].samples:,} samples: {', '.join(parts)}"
+
+
+def _data_of(source: Path, net: Network, data: str | None) -> tuple[SentenceDataConfig, int, int | None, Path]:
+    """(data, batch size, seed, folder for the results)."""
+    if net.card.run is not None and not (source / "model.safetensors").exists():
+        folder = Path(net.card.source).parents[1]
+        cfg: Config = read_config(folder)
+        if not isinstance(cfg.data, SentenceDataConfig):
+            raise UserError(f"{source}: data.kind = {cfg.data.kind}: must be a run on sentences")
+        found = cfg.data.model_copy(update={"eval": data}) if data else cfg.data
+        return found, cfg.eval.batch_size, cfg.run.seed, folder
+    if net.card.model.name != "bert" or not net.card.model.num_classes:
+        raise UserError(f"{source}: must be a classifier of texts")
+    if data is None:
+        raise UserError(f"{source}: an export has no evaluation shards of its own; name some with --data")
+    found = SentenceDataConfig(kind="sentences", train=data, eval=data, tokenizer=str(source))
+    return found, 256, None, source
+
+
+def _splits(folder: Path, net: Network) -> list[Split]:
+    """The evaluation and test splits of the task that lie beside a folder of its shards, and MNLI's diagnostic set."""
+    name = ShardIndex.load(folder).info.get("task")
+    if name not in TASKS:
+        raise UserError(f"{folder}: its index names no task of GLUE; tools/make_glue_shards.py makes such shards")
+    found = []
+    for place in (name, *(["ax"] if name == "mnli" else [])):
+        task = TASKS[place]
+        for split in task.splits:
+            path = folder.parent / split if place == name else folder.parents[1] / place / split
+            if split != "train" and (path / "index.json").exists():
+                server = task.server.get(split, task.folder) if split.startswith("test") else None
+                label = place + split.removeprefix("eval").removeprefix("test") if not server else f"{place}_{split}"
+                found.append(Split(label, ShardIndex.load(path), task, server))
+    return found
+
+
+def _written(predictions: Predictions, task: Task) -> Predictions:
+    """With logits (samples, depths, classes) made classes, or rounded numbers: (samples, depths)."""
+    logits = predictions.outputs
+    made = logits.argmax(axis=-1) if task.labels else logits[..., 0].astype(np.float64).round(DIGITS)
+    return Predictions(predictions.samples, predictions.labels, made)
+
+
+def _measured(predictions: Predictions, split: Split, name: str, digest: str, seed: int | None) -> list[Measurement]:
+    labels, classes = predictions.labels, len(split.task.labels)
+    found = []
+    for depth, said in enumerate(predictions.outputs.T):
+        one = bool(classes) and len(np.unique(said)) == 1
+        if one and depth == predictions.outputs.shape[1] - 1:
+            log.warning("%s: %s, %s", name, MAJORITY, split.task.labels[said[0]])
+        for metric in split.task.metrics:
+            value, bounds = measure(metric, labels, said, classes)
+            found.append(
+                Measurement(
+                    task=name,
+                    metric=metric,
+                    value=value,
+                    interval=bounds,
+                    samples=len(labels),
+                    depth=depth,
+                    checkpoint=digest,
+                    seed=seed,
+                    note=MAJORITY if one else None,
+                )
+            )
+    return found
+
+
+def _table(predictions: Predictions, split: Split) -> bytes:
+    """A line for each sample: its number, its label, and what is said of it at each depth."""
+    depths = range(predictions.outputs.shape[1])
+    known = not split.server
+    rows = [["sample", *(["label"] if known else []), *(f"depth_{depth:02d}" for depth in depths)]]
+    for sample, label, said in zip(predictions.samples, predictions.labels, predictions.outputs, strict=True):
+        rows.append([sample, *([label] if known else []), *said])
+    return _tsv(rows)
+
+
+def _submission(predictions: Predictions, split: Split, samples: Samples) -> bytes:
+    """At full depth, as the GLUE server takes it."""
+    names = split.task.labels
+    rows: list[list[object]] = [["index", "prediction"]]
+    for sample, said in zip(predictions.samples, predictions.outputs[:, -1], strict=True):
+        shard, number = samples.place(int(sample))
+        index = json.loads(samples.reader.read(shard, number)["json"])["index"]
+        rows.append([index, names[said] if names else f"{min(max(said, 0), 5):.{DIGITS}f}"])
+    return _tsv(rows)
+
+
+def _tsv(rows: Sequence[Sequence[object]]) -> bytes:
+    buffer = io.StringIO()
+    csv.writer(buffer, delimiter="\t", lineterminator="\n").writerows(rows)
+    return buffer.getvalue().encode()

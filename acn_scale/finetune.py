@@ -1,0 +1,32 @@
+"""Fine-tune a network on a task: deepspeed acn_scale/finetune.py --config configs/glue/paper.toml
+train.init_from=SOURCE data.train=SHARDS data.eval=SHARDS run.name=NAME [key.sub=value ...]
+
+The model is that of the source, a run, a checkpoint, an export or hf:FOLDER, with a head for the task; single keys of
+[model] can be given. After training, the task's metrics at every depth go to eval/ in the run's folder.
+"""
+
+import sys
+
+from acn_scale import distributed
+from acn_scale.cli import config_from_args, exit_on_user_error
+from acn_scale.config import SentenceDataConfig
+from acn_scale.downstream.source import completed
+from acn_scale.downstream.tasks import evaluate_task
+from acn_scale.pretrain import train
+from acn_scale.runs import check_run_folder, run_folder
+from acn_scale.stopping import EXIT_STOPPED
+
+
+def main() -> None:
+    cfg = config_from_args(sys.argv[1:], program="acn_scale/finetune.py", complete=completed)
+    check_run_folder(cfg)
+    with distributed.process_group() as device:
+        finished = train(cfg, device)
+        if finished and isinstance(cfg.data, SentenceDataConfig):
+            evaluate_task(run_folder(cfg), device)
+    if not finished:
+        sys.exit(EXIT_STOPPED)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
