@@ -1,4 +1,4 @@
-"""What runs inside a job: the trainer of the snapshot. Sent along with the job, so that it is not read from a checkout
+"""What runs inside a job: a program of the snapshot. Sent along with the job, so that it is not read from a checkout
 that may have changed since.
 """
 
@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 
-def run(snapshot: str) -> int | None:
+def run(snapshot: str, program: str) -> int | None:
     """Become the trainer, on Slurm; elsewhere run it, hand the job's signals on to it, and return its exit code."""
-    command = [sys.executable, "-u", f"{snapshot}/acn_scale/pretrain.py", "--config", f"{snapshot}/config.json"]
+    command = [sys.executable, "-u", f"{snapshot}/{program}", "--config", f"{snapshot}/config.json"]
     # The snapshot comes before the checkout that the package may be installed from.
     environment = os.environ | {"PYTHONPATH": snapshot}
     environment.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))

@@ -29,6 +29,8 @@ from acn_scale.runs import COMMIT, check_run_folder, git_commit, run_folder, wri
 
 cloudpickle.register_pickle_by_value(job)
 
+PRETRAIN, FINETUNE = "acn_scale/pretrain.py", "acn_scale/finetune.py"
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Those that say where and on what to run."""
@@ -110,8 +112,10 @@ def prepare(cfg: Config) -> Path:
     return snapshot
 
 
-def parameters(args: argparse.Namespace, name: str, snapshots: Sequence[Path]) -> dict[str, Any]:
-    """What submitit is told of a Slurm job."""
+def parameters(
+    args: argparse.Namespace, name: str, snapshots: Sequence[Path], after: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What submitit is told of a Slurm job. `after`: the jobs that must have ended well before."""
     given = {name: getattr(args, name) for name in ("partition", "account", "qos", "constraint", "exclude")}
     extra: dict[str, Any] = {"requeue": True}
     for item in args.extra:
@@ -136,6 +140,7 @@ def parameters(args: argparse.Namespace, name: str, snapshots: Sequence[Path]) -
         "mem": f"{args.mem:g}G" if args.mem else None,
         "time": args.time,
         "signal_delay_s": args.signal_delay,
+        "dependency": f"afterok:{':'.join(after)}" if after else None,
         "additional_parameters": extra,
         # A rank that dies ends the job. Slurm hands the cores of a task on by itself up to 22.04 only.
         "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={cores}"] if cores else [])],
@@ -144,15 +149,53 @@ def parameters(args: argparse.Namespace, name: str, snapshots: Sequence[Path]) -
     return {name: value for name, value in values.items() if value is not None}
 
 
-def submit(args: argparse.Namespace, name: str, snapshots: Sequence[Path], parallel: int | None = None) -> list[str]:
+def launch_all(
+    args: argparse.Namespace,
+    name: str,
+    configs: Sequence[Config],
+    program: str = PRETRAIN,
+    *,
+    parallel: int | None = None,
+    after: Sequence[str] = (),
+) -> tuple[int, list[str]]:
+    """Run these on this machine, one after the other, or submit them to Slurm as one array that begins when the jobs
+    `after` have ended well. One that fails does not stop the others. With --dry-run, print instead.
+
+    Returns the worst exit code of what ran here, and the ids of what was submitted.
+    """
+    for cfg in configs:
+        check(cfg, args)
+    text = sbatch_file(args, name, [snapshot_path(cfg) for cfg in configs], parallel, after)
+    if args.dry_run:
+        print(text, end="")
+        return 0, []
+    if args.cluster == "slurm":
+        check_with_slurm(text)
+    snapshots = [prepare(cfg) for cfg in configs]
+    if args.cluster == "local":
+        return max(run_here(args, snapshot, program) for snapshot in snapshots), []
+    jobs = submit(args, name, snapshots, program, parallel, after)
+    for job_id, cfg in zip(jobs, configs, strict=True):
+        print(f"job {job_id}: {run_folder(cfg)}")
+    return 0, jobs
+
+
+def submit(
+    args: argparse.Namespace,
+    name: str,
+    snapshots: Sequence[Path],
+    program: str = PRETRAIN,
+    parallel: int | None = None,
+    after: Sequence[str] = (),
+) -> list[str]:
     """Submit a job, or an array of jobs, on Slurm; return their ids."""
     executor = submitit.SlurmExecutor(folder=_logs(snapshots))
-    executor.update_parameters(**parameters(args, name, snapshots))
+    executor.update_parameters(**parameters(args, name, snapshots, after))
     if parallel:
         executor.update_parameters(array_parallelism=parallel)
     logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns that sacct is off, and works all the same
     with executor.batch():
-        jobs = [executor.submit(job.run, str(snapshot)) for snapshot in snapshots]
+        jobs = [executor.submit(job.run, str(snapshot), program) for snapshot in snapshots]
     for submitted, snapshot in zip(jobs, snapshots, strict=True):
         write_json(snapshot.parent / "job.json", {"id": submitted.job_id, "log": str(submitted.paths.stderr)})
     return [submitted.job_id for submitted in jobs]
@@ -173,24 +216,30 @@ def _logs(snapshots: Sequence[Path]) -> Path:
     return snapshots[0].parent if len(snapshots) == 1 else snapshots[0].parents[2] / "jobs"
 
 
-def sbatch_file(args: argparse.Namespace, name: str, snapshots: Sequence[Path], parallel: int | None = None) -> str:
+def sbatch_file(
+    args: argparse.Namespace,
+    name: str,
+    snapshots: Sequence[Path],
+    parallel: int | None = None,
+    after: Sequence[str] = (),
+) -> str:
     """What would be given to sbatch."""
     logs = _logs(snapshots)
-    values = parameters(args, name, snapshots)
+    values = parameters(args, name, snapshots, after)
     if len(snapshots) > 1:
         values |= {"map_count": len(snapshots), "array_parallelism": parallel or len(snapshots)}
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(logs))}"
     return _make_sbatch_string(command=command, folder=logs, **values) + "\n"
 
 
-def run_here(args: argparse.Namespace, snapshot: Path) -> int:
+def run_here(args: argparse.Namespace, snapshot: Path, program: str = PRETRAIN) -> int:
     """Train on this machine until the run is finished or given up; return its exit code. Ctrl-C saves and stops."""
     executor = submitit.LocalExecutor(folder=snapshot.parent)
     executor.update_parameters(tasks_per_node=tasks_per_node(args), timeout_min=args.time,
                                signal_delay_s=args.signal_delay, gpus_per_node=args.gpus_per_node)  # fmt: skip
     interrupted = False
     while True:
-        running = executor.submit(job.run, str(snapshot))
+        running = executor.submit(job.run, str(snapshot), program)
         print(f"log of rank 0: {running.paths.stderr}", file=sys.stderr)
         try:
             codes = _follow(running)

@@ -6,6 +6,7 @@ Each combination is a run of its own, <run.name>/<what is special about it>.
 
 import argparse
 import itertools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import submission
 
 from acn_scale.cli import exit_on_user_error, load_config, positive
 from acn_scale.errors import UserError
-from acn_scale.runs import run_folder
 
 
 def combinations(grid: Sequence[str], seeds: Sequence[int]) -> list[list[str]]:
@@ -49,21 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for combination in combinations(args.grid, args.seeds):
         name = f"{base.run.name}/{run_name(combination)}" if combination else base.run.name
         configs.append(load_config(args.config, [*args.overrides, *combination, f'run.name="{name}"']))
-        submission.check(configs[-1], args)
-    name = base.run.name.replace("/", "_")
-    text = submission.sbatch_file(args, name, [submission.snapshot_path(cfg) for cfg in configs], args.parallel)
-    if args.dry_run:
-        print(text, end="")
-        return
-    if args.cluster == "slurm":
-        submission.check_with_slurm(text)
-    snapshots = [submission.prepare(cfg) for cfg in configs]
-    if args.cluster == "local":
-        codes = [submission.run_here(args, snapshot) for snapshot in snapshots]
-        raise SystemExit(max(codes))
-    jobs = submission.submit(args, name, snapshots, args.parallel)
-    for job, cfg in zip(jobs, configs, strict=True):
-        print(f"job {job}: {run_folder(cfg)}")
+    code, _ = submission.launch_all(args, base.run.name.replace("/", "_"), configs, parallel=args.parallel)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """What a fine-tuning run takes over from the network that it starts from: its model and its tokenizer."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 from acn_scale.checkpoint import STATE_NAME
-from acn_scale.config import RemoteConfig, SentenceDataConfig
-from acn_scale.convert.network import Network
+from acn_scale.config import ModelConfig, RemoteConfig, SentenceDataConfig
 from acn_scale.convert.sources import read_model
 from acn_scale.data.encoders import TOKENIZER_FILES
 from acn_scale.data.shards import ShardIndex
@@ -26,13 +26,19 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
     for key, given in (("train.init_from", source), ("data.train", data.get("train"))):
         if not isinstance(given, str):
             raise UserError(f"{key}: missing; the model is found out from it")
-    net = read_model(source)
+    model, tokenizer = _known_of(source)
     classes = len(ShardIndex.load(data["train"], RemoteConfig()).info.get("classes", []))
-    model = net.card.model.model_dump(mode="json") | {"num_classes": classes or 1} | values.get("model", {})
+    model = model.model_dump(mode="json") | {"num_classes": classes or 1} | values.get("model", {})
     if data.get("kind") == "sentences":
         data = {"tokenizer": tokenizer_folder(source)} | data
-        _check_tokenizer(net, source, data["tokenizer"])
+        _check_tokenizer(tokenizer, source, data["tokenizer"])
     return values | {"model": model, "data": data}
+
+
+@functools.cache  # a grid of runs asks again and again
+def _known_of(source: str) -> tuple[ModelConfig, bytes | None]:
+    net = read_model(source)
+    return net.card.model, net.tokenizer
 
 
 def tokenizer_folder(source: str) -> str:
@@ -47,7 +53,7 @@ def tokenizer_folder(source: str) -> str:
     return data.tokenizer if isinstance(data, SentenceDataConfig) else data.train
 
 
-def _check_tokenizer(net: Network, source: str, folder: str) -> None:
+def _check_tokenizer(tokenizer: bytes | None, source: str, folder: str) -> None:
     path = Path(folder) / TOKENIZER_NAME
-    if net.tokenizer is not None and (not path.exists() or path.read_bytes() != net.tokenizer):
+    if tokenizer is not None and (not path.exists() or path.read_bytes() != tokenizer):
         raise UserError(f"data.tokenizer = {folder}: not the tokenizer that {source} was trained with")

@@ -1,0 +1,83 @@
+"""Fine-tune on GLUE, all tasks, learning rates and seeds at once: python launchers/glue.py --from runs/bert/NAME
+--data data/glue --lr 1e-5 2e-5 5e-5 --seeds 0 1 2 [key.sub=value ...]
+
+Each is a run of its own, <name>/<task>/lr=...-seed=..., with the task's metrics at every depth in eval/ and the file
+for the GLUE server in submission/. tools/results.py makes the table of them.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+
+import submission
+import sweep
+
+from acn_scale.cli import exit_on_user_error, load_config
+from acn_scale.config import Config
+from acn_scale.data.tasks import TASKS
+from acn_scale.downstream.source import completed
+from acn_scale.errors import UserError
+from acn_scale.runs import run_folder
+
+TRAINED = [name for name, task in TASKS.items() if "train" in task.splits]
+RECIPE = Path("configs/glue/paper.toml")
+SMALL = ("rte", "mrpc", "stsb")  # that gain from MNLI (Phang et al. 2018, arXiv 1811.01088)
+
+
+def configs_of(args: argparse.Namespace, task: str, starts: Mapping[int, str] = MappingProxyType({})) -> list[Config]:
+    """Of all runs of a task. `starts`: what those of a seed start from, where that is another network of --from."""
+    found = []
+    for combination in sweep.combinations([f"optim.lr={','.join(args.lr)}"] if args.lr else [], args.seeds):
+        values = [f'run.name="{args.name}/{task}/{sweep.run_name(combination)}"', f'train.init_from="{args.source}"']
+        values += [f'data.{split}="{args.data}/{task}/{split}"' for split in ("train", "eval")]
+        cfg = load_config(args.config, [*args.overrides, *combination, *values], completed)
+        start = {"init_from": starts.get(cfg.run.seed, args.source)}
+        found.append(cfg.model_copy(update={"train": cfg.train.model_copy(update=start)}))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--from", dest="source", required=True, help="a run, a checkpoint, an export or hf:FOLDER of an encoder")
+    add("--data", type=Path, default=Path("data/glue"), help="folder of make_glue_shards.py (default: data/glue)")
+    add("--config", type=Path, default=RECIPE, help=f"recipe (default: {RECIPE})")
+    add("--tasks", nargs="+", choices=TRAINED, metavar="TASK", help=f"some of {', '.join(TRAINED)} (default: "
+        "those that --data holds)")  # fmt: skip
+    add("--lr", nargs="+", default=[], help="learning rates to try (default: the recipe's)")
+    add("--seeds", type=int, nargs="+", default=[0], help="of the new head, the order and dropout (default: 0)")
+    add("--from-mnli", action="store_true", help=f"start {', '.join(SMALL)} from the MNLI run of the first "
+        "learning rate and the same seed")  # fmt: skip
+    add("--name", help="folder of the runs below run.dir (default: glue/<last part of --from>)")
+    add("--parallel", type=int, help="runs at the same time (default: all)")
+    add("overrides", nargs="*", metavar="key.sub=value", help="keys to change in all of them")
+    submission.add_options(parser)
+    args = parser.parse_intermixed_args(arguments)
+    if args.cluster == "debug":
+        raise UserError("--cluster debug: is for one run; acn_scale/finetune.py is that")
+    args.name = args.name or f"glue/{Path(args.source.partition(':')[2] or args.source).name}"
+    args.tasks = args.tasks or [task for task in TRAINED if (args.data / task / "train" / "index.json").exists()]
+    if not args.tasks:
+        raise UserError(f"--data {args.data}: holds no tasks; tools/make_glue_shards.py makes them")
+    later = [task for task in args.tasks if args.from_mnli and task in SMALL]
+    if later and "mnli" not in args.tasks:
+        raise UserError("--from-mnli: --tasks must have mnli")
+    first = {task: configs_of(args, task) for task in args.tasks if task not in later}
+    configs = [cfg for part in first.values() for cfg in part]
+    starts = {cfg.run.seed: str(run_folder(cfg)) for cfg in reversed(first.get("mnli", []))}
+    second = [cfg for task in later for cfg in configs_of(args, task, starts)]
+    launch = partial(submission.launch_all, args, args.name.replace("/", "_"), program=submission.FINETUNE)
+    code, jobs = launch(configs, parallel=args.parallel)
+    if second:
+        before = [job for job, cfg in zip(jobs, configs, strict=False) if cfg in first["mnli"]]
+        code = max(code, launch(second, parallel=args.parallel, after=before)[0])
+    if not args.dry_run:
+        print(f"\ntable:  python tools/results.py {Path(configs[0].run.dir) / args.name}")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
