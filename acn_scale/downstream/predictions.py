@@ -44,9 +44,10 @@ def predict(
     for positions, (batch, counts) in zip(places, bar(evaluation, name, len(evaluation.counts)), strict=True):
         batch = {key: values.to(device) for key, values in batch.items()}
         kept = torch.stack([of(logits) for logits in model.readouts(**batch)], dim=1).cpu()
-        numbers.append(np.array([evaluation.samples.key(position)[0].sample for position in positions])[counts])
-        labels.append(batch["labels"].cpu()[counts].numpy())
-        outputs.append(kept[counts].numpy())
+        here = counts.numpy()
+        numbers.append(np.array([evaluation.samples.key(position)[0].sample for position in positions])[here])
+        labels.append(batch["labels"].cpu().numpy()[here])
+        outputs.append(kept.numpy()[here])
     parts = [(np.concatenate(numbers), np.concatenate(labels), np.concatenate(outputs))]
     if torch.distributed.is_initialized():
         parts = distributed.union(parts)

@@ -90,17 +90,20 @@ def _write(folder: Path, found: Sequence[Measurement], files: dict[str, bytes]) 
         part = {Path(name).name: content for name, content in files.items() if str(Path(name).parent) == place}
         write_together(folder / place, part)
     for task in dict.fromkeys(each.task for each in found):
-        path = write_measurements(folder, task, [each for each in found if each.task == task])
-        log.info("%s: %s", path, summary([each for each in found if each.task == task]))
+        mine = [each for each in found if each.task == task]
+        log.info("%s: %s", write_measurements(folder, task, mine), summaries(mine))
 
 
-def summary(found: Sequence[Measurement]) -> str:
-    """Of one task at full depth, in a line."""
-    last = max(each.depth for each in found)
-    rows = [each for each in found if each.depth == last]
-    parts = [f"{row.metric} {100 * row.value:.1f} ({100 * row.interval[0]:.1f} to {100 * row.interval[1]:.1f})"
-             for row in rows]  # fmt: skip
-    return f"{rows[0].task}, {rows[0].samples:,} samples: {', '.join(parts)}"
+def summaries(found: Sequence[Measurement]) -> str:
+    """At full depth, a line for each task."""
+    lines = []
+    for task in dict.fromkeys(each.task for each in found):
+        mine = [each for each in found if each.task == task]
+        rows = [each for each in mine if each.depth == mine[-1].depth]
+        values = (f"{each.metric} {100 * each.value:.2f} ({' to '.join(f'{100 * end:.2f}' for end in each.interval)})"
+                  for each in rows)  # fmt: skip
+        lines.append(f"{task}, {rows[0].samples:,} samples: {', '.join(values)}")
+    return "\n".join(lines)
 
 
 def _data_of(source: Path, net: Network, data: str | None) -> tuple[SentenceDataConfig, int, int | None, Path]:

@@ -1,0 +1,229 @@
+"""The results of many runs as one table: over seeds, at full depth and at the cut-off, networks against one another."""
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+from scipy import stats
+
+from acn_scale.depth import cutoff
+from acn_scale.errors import UserError
+from acn_scale.files import write_file
+from acn_scale.results import Measurement, read_measurements, write_measurements
+from acn_scale.runs import read_config, read_json
+from acn_scale.watchdog import read_failure
+
+NOT_SETTINGS = ("run.", "data.", "train.init_from", "eval.", "checkpoint.", "health.", "profile.", "model.")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one run on one task: its metrics by depth, the first of which counts."""
+
+    run: Path
+    seed: int | None
+    settings: dict[str, Any]  # what a grid may have tried
+    note: str
+    metrics: dict[str, list[float]]  # at depth 0, 1, ...
+
+
+@dataclass(frozen=True)
+class Line:
+    """Of one network on one task, by the settings with the highest median; shares as per cent."""
+
+    task: str
+    network: str
+    metric: str
+    seeds: int
+    mean: float
+    deviation: float | None  # of a sample; None of one seed
+    median: float
+    best: float
+    cutoff: int  # by the mean over seeds
+    blocks: int
+    mean_there: float  # at the cut-off
+    p: float | None  # paired t-test over seeds against the first network; None with fewer than two in common
+    settings: str
+    note: str
+
+
+def results_table(
+    folders: Sequence[Path], *, tolerance: float = 0.5, table: Path | None = None, into: Path | None = None
+) -> str:
+    """Each folder is one network: all evaluated runs below it. The first is what the others are tested against.
+
+    Writes all lines as CSV to `table`, and the means to <into>/eval/, where the depth report of a run shows them.
+    Returns the table as Markdown. Raises UserError for a folder without results.
+    """
+    found = {folder: list(_runs(folder)) for folder in folders}
+    names = _names(folders)
+    lines, failures = [], [each for folder in folders for each in _failures(folder)]
+    for task in dict.fromkeys(task for runs in found.values() for task, _ in runs):
+        first: Sequence[Scores] = ()
+        for folder, runs in found.items():
+            chosen, settings = _chosen([scores for name, scores in runs if name == task])
+            first = first if folder != folders[0] else chosen
+            if chosen:
+                lines += _lines(task, names[folder], chosen, settings, first if folder != folders[0] else (), tolerance)
+    if not lines and not failures:
+        raise UserError(f"{folders[0]}: holds no results; evaluations write eval/*.json")
+    if table:
+        try:
+            write_file(table, _csv(lines))
+        except OSError as error:
+            raise UserError(f"--csv {table}: {error.strerror}") from None
+    if into:
+        for task in dict.fromkeys(line.task for line in lines):
+            write_measurements(into, f"mean_{task}", [_as_measurement(each) for each in lines if each.task == task])
+    return "\n".join([_markdown(lines), "", f"Cut-off: the smallest depth within {tolerance} points of full depth.",
+                      *(f"failed: {line}" for line in failures)])  # fmt: skip
+
+
+def _names(folders: Sequence[Path]) -> dict[Path, str]:
+    """The last part of each, or as it is given where two would be the same."""
+    short = [folder.resolve().name for folder in folders]
+    return {
+        folder: name if short.count(name) == 1 else str(folder) for folder, name in zip(folders, short, strict=True)
+    }
+
+
+def _runs(folder: Path) -> Iterator[tuple[str, Scores]]:
+    """(task, scores) of all below a folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    for run in sorted({path.parent.parent for path in folder.rglob("eval/*.json")}):
+        measurements = read_measurements(run)
+        settings, note = _settings(run)
+        for task in dict.fromkeys(each.task for each in measurements):
+            mine = [each for each in measurements if each.task == task]
+            metrics = {metric: [each.value for each in mine if each.metric == metric]
+                       for metric in dict.fromkeys(each.metric for each in mine)}  # fmt: skip
+            notes = [*filter(None, [note, mine[-1].note])]
+            yield task, Scores(run, mine[0].seed, settings, "; ".join(notes), metrics)
+
+
+def _settings(run: Path) -> tuple[dict[str, Any], str]:
+    """What a grid may have tried, and whether the start was a run on another task."""
+    if not (run / "metrics.jsonl").exists():
+        return {}, ""
+    cfg = read_config(run)
+    sections = {"optim": cfg.optim, "train": cfg.train.model_copy(update={"init_from": None})}
+    settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
+    start = Path(cfg.train.init_from or "")
+    other = read_json(start / "config.json").get("data", {}) if (start / "metrics.jsonl").exists() else {}
+    note = f"from {Path(other['train']).parent.name}" if other.get("kind") == "sentences" else ""
+    return settings, note
+
+
+def _chosen(scores: Sequence[Scores]) -> tuple[list[Scores], str]:
+    """Those of the settings with the highest median at full depth, and what these settings are."""
+    keys = dict.fromkeys(key for each in scores for key in each.settings)
+    varied = [key for key in keys if len({str(each.settings.get(key)) for each in scores}) > 1]
+    groups: dict[str, list[Scores]] = {}
+    for each in scores:
+        name = ", ".join(f"{key.rpartition('.')[2]}={each.settings.get(key)}" for key in varied)
+        groups.setdefault(name, []).append(each)
+    if not groups:
+        return [], ""
+    name, best = max(groups.items(), key=lambda group: median(_at_full_depth(each) for each in group[1]))
+    return best, f"{name} (best of {len(groups)})" if len(groups) > 1 else ""
+
+
+def _at_full_depth(scores: Scores) -> float:
+    return next(iter(scores.metrics.values()))[-1]
+
+
+def _lines(
+    task: str, network: str, chosen: Sequence[Scores], settings: str, first: Sequence[Scores], tolerance: float
+) -> Iterator[Line]:
+    for metric in chosen[0].metrics:
+        curves = [each.metrics[metric] for each in chosen]
+        values = [curve[-1] for curve in curves]
+        mean_curve = [fmean(column) for column in zip(*curves, strict=True)]
+        cut = cutoff(mean_curve, tolerance)
+        others = {each.seed: each.metrics[metric][-1] for each in first if metric in each.metrics}
+        pairs = [(value, others[each.seed]) for each, value in zip(chosen, values, strict=True) if each.seed in others]
+        yield Line(
+            task=task,
+            network=network,
+            metric=metric,
+            seeds=len(values),
+            mean=100 * fmean(values),
+            deviation=100 * stdev(values) if len(values) > 1 else None,
+            median=100 * median(values),
+            best=100 * max(values),
+            cutoff=cut,
+            blocks=len(mean_curve) - 1,
+            mean_there=100 * mean_curve[cut],
+            p=paired(pairs),
+            settings=settings,
+            note="; ".join(dict.fromkeys(each.note for each in chosen if each.note)),
+        )
+
+
+def paired(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """p of Student's paired t-test, two-sided; None where there are too few pairs, 1 where none differ."""
+    if len(pairs) < 2:
+        return None
+    if len({round(one - other, 12) for one, other in pairs}) == 1:
+        return 1.0 if math.isclose(*pairs[0]) else 0.0
+    return float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)
+
+
+def _failures(folder: Path) -> Iterator[str]:
+    """Runs that were started and have no results, with the reason where it is known."""
+    for environment in sorted(folder.rglob("environment.json")):
+        run = environment.parent
+        if not any((run / "eval").glob("*.json")) and "snapshot_" not in str(run):
+            failure = read_failure(run)
+            yield f"{run}: {failure['reason'] if failure else 'not finished, or not evaluated'}"
+
+
+def _markdown(lines: Sequence[Line]) -> str:
+    head = [
+        "task",
+        "network",
+        "metric",
+        "seeds",
+        "mean ± sd",
+        "median",
+        "best",
+        "cut-off",
+        "mean there",
+        "p",
+        "settings",
+    ]
+    rows = [head, ["-" * len(name) for name in head]]
+    for line in lines:
+        deviation = "" if line.deviation is None else f" ± {line.deviation:.2f}"
+        settings = "; ".join(filter(None, [line.settings, line.note]))
+        rows.append([line.task, line.network, line.metric, str(line.seeds), f"{line.mean:.2f}{deviation}",
+                     f"{line.median:.2f}", f"{line.best:.2f}", f"{line.cutoff} of {line.blocks}",
+                     f"{line.mean_there:.2f}", "" if line.p is None else f"{line.p:.3f}", settings])  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    )
+
+
+def _csv(lines: Sequence[Line]) -> bytes:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, [field.name for field in fields(Line)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(line) for line in lines)
+    return buffer.getvalue().encode()
+
+
+def _as_measurement(line: Line) -> Measurement:
+    low_high = None
+    if line.deviation is not None:
+        half = line.deviation / math.sqrt(line.seeds) * float(stats.t.ppf(0.975, line.seeds - 1))
+        low_high = [(line.mean - half) / 100, (line.mean + half) / 100]
+    note = "; ".join(filter(None, [f"mean of {line.seeds} seeds", line.settings, line.note]))
+    return Measurement(task=line.task, metric=line.metric, value=line.mean / 100, interval=low_high,
+                       depth=line.blocks, note=f"{line.network}: {note}")  # fmt: skip

@@ -1,0 +1,37 @@
+"""Evaluate a fine-tuned classifier of texts at every depth: the metrics of its GLUE task, with and without noise.
+
+    python tools/evaluate_task.py runs/glue/sst2 --noise swap_0.1 drop_0.1
+
+Writes SOURCE/eval/<task>.json, the predictions beside it, and SOURCE/submission/ for the GLUE server. The end of
+acn_scale/finetune.py does the same, without noise. Runs on several ranks too (torchrun, srun, deepspeed).
+"""
+
+import argparse
+from pathlib import Path
+
+from acn_scale.cli import exit_on_user_error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", type=Path, help="a run, a checkpoint or an export")
+    add("--data", metavar="SHARDS", help="evaluation shards of the task (default: the run's)")
+    add("--noise", nargs="+", default=[], metavar="NAME", help="on the texts: swap_P swaps two characters of each word "
+        "with probability P, drop_P drops words; such as swap_0.1 drop_0.1")  # fmt: skip
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # a launcher's own
+    args = parser.parse_args()
+
+    from acn_scale import distributed
+    from acn_scale.downstream.tasks import evaluate_task, summaries
+    from acn_scale.downstream.text_noise import text_noise
+
+    noises = {name: text_noise(name) for name in args.noise}
+    with distributed.process_group() as device:
+        found = evaluate_task(args.source, device, data=args.data, noises=noises)
+        if distributed.rank() == 0:
+            print(summaries(found))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
