@@ -1,5 +1,6 @@
 """One frozen, strict model of a run. Every key, its meaning and its default stand here and nowhere else."""
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, model_validator
@@ -166,6 +167,35 @@ class StreamConfig(Section):
     remote: RemoteConfig = RemoteConfig()
 
 
+class Resize(Section):
+    """How an image of any size becomes the model's input."""
+
+    size: int = Field(ge=1, description="in pixels: of the shorter side before the centre crop (fit = crop), of both "
+        "(squash), or of the longer (border)")  # fmt: skip
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = Field(
+        "bicubic", description="between pixels"
+    )
+    fit: Literal["crop", "squash", "border"] = Field(
+        "crop", description="keep the shape and crop the centre; do not keep it; or keep it and fill up with the mean"
+    )
+    like: Literal["torchvision", "timm", "transformers"] = Field(
+        "torchvision", description="whose resizing and cropping is followed digit by digit; timm's is Pillow's"
+    )
+
+    @model_validator(mode="after")
+    def _known_there(self) -> "Resize":
+        if self.like != "timm" and (self.fit == "border" or self.interpolation in ("box", "hamming")):
+            raise ValueError(
+                f"fit = {self.fit}, interpolation = {self.interpolation}: {self.like} has it not, timm has"
+            )
+        return self
+
+    def crop_pct(self, image_size: int) -> float:
+        """timm's name for it, of which it makes floor(image_size / crop_pct) pixels again."""
+        share = image_size / self.size
+        return share if math.floor(image_size / share) == self.size else image_size / (self.size + 0.5)
+
+
 class ImageDataConfig(StreamConfig):
     kind: Literal["images"] = Field(description="what the shards hold")
     augment: Literal["none", "crop_flip", "randaugment", "cifar"] = Field(
@@ -180,12 +210,20 @@ class ImageDataConfig(StreamConfig):
     std: list[PositiveFloat] | None = Field(
         None, description="per channel, of pixels in 0..1; default: from index.json"
     )
+    resize: Resize | None = Field(
+        None, description="of images to be evaluated; default: where `augment` crops, the shorter side to image_size / "
+        "0.875 and the centre of it (timm's default), else none",
+    )  # fmt: skip
     mask_ratio: ClassVar[float] = 0.0
 
     @property
     def crops(self) -> bool:
-        """Whether images come in any size: training takes a random crop, evaluation the centre."""
+        """Whether training images come in any size, of which a random crop is taken."""
         return self.augment in ("crop_flip", "randaugment")
+
+    def evaluation_resize(self, image_size: int) -> Resize | None:
+        """None: images to be evaluated come in the model's size."""
+        return self.resize or (Resize(size=math.floor(image_size / 0.875)) if self.crops else None)
 
     @property
     def group(self) -> int:

@@ -1,7 +1,6 @@
 """BERT and ViT of Transformers -> ours, and every network of ours -> a folder that Transformers' Auto classes load."""
 
 import logging
-import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from torch import Tensor
 from acn_scale.config import BertConfig, ModelConfig, ViTConfig
 from acn_scale.convert.custom_code import CODE_NAME, custom_code
 from acn_scale.convert.export import CONFIG_NAME, WEIGHTS_NAME, read_safetensors, save_weights
+from acn_scale.convert.image_processor import PROCESSOR_NAME, image_processor, read_image_processor
 from acn_scale.convert.model_card import model_card
 from acn_scale.convert.names import HF_BERT, HF_VIT, Names, to_ours, to_theirs
-from acn_scale.convert.network import Card, Images, Network, network, shapes_of
+from acn_scale.convert.network import Card, Network, network, shapes_of
 from acn_scale.convert.tokenizer_files import write_tokenizer
 from acn_scale.convert.twins import check_eps, is_residual
 from acn_scale.errors import UserError
@@ -26,7 +26,6 @@ from acn_scale.runs import read_json, write_json
 log = logging.getLogger(__name__)
 
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-PROCESSOR_NAME = "preprocessor_config.json"
 # Of BERT's files, what no network of ours has: the pooler beside a masked-language head, next-sentence prediction.
 LEFT_OUT = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids", "vit.pooler.")
 
@@ -51,7 +50,7 @@ def write_hugging_face(net: Network, folder: Path, dtype: str) -> None:
         values["label2id"] = {label: number for number, label in enumerate(labels)}
     write_json(folder / CONFIG_NAME, values)
     if net.card.images:
-        write_json(folder / PROCESSOR_NAME, _processor(net.card.images, model))
+        write_json(folder / PROCESSOR_NAME, image_processor(net.card.images, model))
     if net.tokenizer is not None:
         write_tokenizer(net.tokenizer, folder, model.max_tokens)
     (folder / "README.md").write_text(model_card(net.card, plain=plain, dtype=dtype))
@@ -109,25 +108,6 @@ def _custom_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _processor(images: Images, model: ModelConfig) -> dict[str, Any]:
-    """What our evaluation does to an image."""
-    size = {"height": model.image_size, "width": model.image_size}
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_convert_rgb": model.channels == 3,
-        "do_resize": True,
-        "size": {"shortest_edge": images.resize} if images.resize else size,
-        "resample": 3,  # bicubic
-        "do_center_crop": images.resize is not None,
-        "crop_size": size,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": images.mean,
-        "image_std": images.std,
-    }
-
-
 def read_hugging_face(folder: Path) -> Network:
     """A BERT or ViT folder with safetensors, or a pytorch_model.bin, which is read without running code.
 
@@ -148,7 +128,9 @@ def read_hugging_face(folder: Path) -> Network:
         log.info("%s: left out, since our %s has no place for them: %s", source, model.name, ", ".join(dropped))
     kept = {name: weight for name, weight in weights.items() if name not in dropped}
     ours = to_ours(kept, shapes_of(model), _names(model), source)
-    card = Card(model=model, source=source, full_depth=model.depth, images=_images(folder, values, model))
+    labels = values.get("id2label") or {}
+    images = read_image_processor(folder, labels, model) if isinstance(model, ViTConfig) else None
+    card = Card(model=model, source=source, full_depth=model.depth, images=images)
     return network(card, {name: [weight] for name, weight in ours.items()})
 
 
@@ -211,19 +193,3 @@ def _config(values: dict[str, Any], weights: dict[str, Tensor], source: str) -> 
         return BertConfig(name="bert", **shape, **sizes)
     sizes = {"image_size": values.get("image_size", 224), "patch_size": values.get("patch_size", 16)}
     return ViTConfig(name="vit", **shape, **sizes, channels=values.get("num_channels", 3))
-
-
-def _images(folder: Path, values: dict[str, Any], model: BertConfig | ViTConfig) -> Images | None:
-    """From the image processor's file, where there is one."""
-    path = folder / PROCESSOR_NAME
-    if not (path.exists() and isinstance(model, ViTConfig)):
-        return None
-    processor, labels = read_json(path), values.get("id2label", {})
-    resize = processor["size"].get("shortest_edge") if isinstance(processor.get("size"), dict) else None
-    half = [0.5] * model.channels
-    return Images(
-        mean=processor.get("image_mean", half),
-        std=processor.get("image_std", half),
-        classes=[labels.get(str(number), str(number)) for number in range(model.num_classes)],
-        resize=resize and math.floor(resize),
-    )

@@ -2,13 +2,13 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
-from acn_scale.config import ModelConfig, Section
+from acn_scale.config import ImageDataConfig, ModelConfig, Resize, Section
 from acn_scale.convert.zero import Pieces
 from acn_scale.depth import cutoff
 from acn_scale.errors import UserError
@@ -17,13 +17,23 @@ from acn_scale.models import build_model
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def _as_resize(value: Any) -> Any:
+    """A number alone: of the shorter side, before the centre crop."""
+    return {"size": value} if isinstance(value, int) else value
+
+
 class Images(Section):
     """How an image becomes the model's input: pixels in 0..1, per channel (pixel - mean) / std."""
 
     mean: list[float]
     std: list[float]
     classes: list[str]
-    resize: int | None  # of the shorter side, bicubic, before the centre crop; None: images come in the model's size
+    resize: Annotated[Resize | None, BeforeValidator(_as_resize)]  # None: images come in the model's size
+
+    def data(self, shards: str) -> ImageDataConfig:
+        """To evaluate on these shards."""
+        keys = {"mean": self.mean, "std": self.std, "resize": self.resize}
+        return ImageDataConfig(kind="images", train=shards, eval=shards, **keys)
 
 
 class Card(Section):

@@ -1,7 +1,6 @@
 """Whatever holds a trained network -> the network: a run, a checkpoint, an export."""
 
 import logging
-import math
 from pathlib import Path
 
 from acn_scale.checkpoint import STATE_NAME, complete, read_state
@@ -84,7 +83,7 @@ def _images(cfg: Config) -> Images | None:
         mean=data.mean or info["mean"],
         std=data.std or info["std"],
         classes=info["classes"],
-        resize=math.floor(cfg.model.image_size / 0.875) if data.crops else None,
+        resize=data.evaluation_resize(cfg.model.image_size),
     )
 
 

@@ -121,16 +121,23 @@ class Folder:
         paths = [path for name in _class_folders(root) for path in _images_under(root / name)]
         if not paths:
             raise UserError(f"{root}: no class folders with images ({' '.join(EXTENSIONS)})")
-        order = np.random.default_rng(0).permutation(len(paths))
-        self._paths = [os.path.relpath(paths[number], root) for number in order]
+        self.paths = [os.path.relpath(path, root) for path in paths]  # by class, then by name
+        self._order = np.random.default_rng(0).permutation(len(paths))
         self._numbers = numbers
         self.size = len(paths)
-        self.identity = hashlib.sha256("\n".join(self._paths).encode()).hexdigest()
+        self.identity = hashlib.sha256("\n".join(self.paths[number] for number in self._order).encode()).hexdigest()
 
     def read(self, start: int, stop: int | None) -> Iterator[RawImage]:
-        for path in self._paths[start:stop]:
-            label = self._numbers[path.split(os.sep, 1)[0]]
-            yield RawImage((self.root / path).read_bytes(), label, path)
+        for number in self._order[start:stop]:
+            yield self.image(number)
+
+    def image(self, number: int) -> RawImage:
+        """Of paths[number]."""
+        path = self.paths[number]
+        return RawImage((self.root / path).read_bytes(), self.label(number), path)
+
+    def label(self, number: int) -> int:
+        return self._numbers[self.paths[number].split(os.sep, 1)[0]]
 
 
 def _class_folders(root: Path) -> list[str]:

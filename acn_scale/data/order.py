@@ -145,6 +145,18 @@ class DiskOrder:
             yield int(draw.integers(self.num_samples))
 
 
+class ChosenOrder(DiskOrder):
+    """Some of the samples, by their numbers in the data set, in every epoch."""
+
+    def __init__(self, samples_per_shard: np.ndarray, chosen: np.ndarray) -> None:
+        super().__init__(samples_per_shard)
+        self.num_samples = len(chosen)
+        self._chosen = chosen
+
+    def locate(self, epoch: int, position: int) -> tuple[int, int]:
+        return super().locate(epoch, int(self._chosen[position]))
+
+
 class LengthOrder(DiskOrder):
     """The shortest samples first, in every epoch: evaluation with little padding."""
 

@@ -1,12 +1,11 @@
 """What a report is about: a network, the shards to evaluate it on, and the run it comes from, if there is one."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acn_scale.checkpoint import STATE_NAME
-from acn_scale.config import DataConfig, EvalConfig, ImageDataConfig, TextDataConfig
+from acn_scale.config import DataConfig, EvalConfig, TextDataConfig
 from acn_scale.convert.export import is_export
 from acn_scale.convert.network import Card, Network
 from acn_scale.convert.sources import read_model
@@ -73,13 +72,9 @@ def _data_of_export(folder: Path, card: Card, data: str | None) -> DataConfig:
         if card.model.num_classes:
             raise UserError(f"{folder}: model.num_classes = {card.model.num_classes}: must be a masked language model")
         return TextDataConfig(kind="text", train=data, eval=data)
-    images = card.images
-    if images is None:
+    if card.images is None:
         raise UserError(f"{folder}/config.json: images = null: must say how images are prepared")
-    if images.resize not in (None, math.floor(card.model.image_size / 0.875)):
-        raise UserError(f"{folder}/config.json: images.resize = {images.resize}: must be the image size / 0.875")
-    augment = "none" if images.resize is None else "crop_flip"
-    return ImageDataConfig(kind="images", train=data, eval=data, augment=augment, mean=images.mean, std=images.std)
+    return card.images.data(data)
 
 
 def _check_tokenizer(tokenizer: bytes, data: DataConfig) -> None:
