@@ -1,8 +1,10 @@
 """Files that are there whole, or not at all."""
 
+import csv
+import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,6 +21,13 @@ def write_file(path: Path, content: bytes) -> Path:
 def whole_lines(path: Path) -> list[str]:
     """Without a last one that a killed process left unfinished, or that one is just writing."""
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def tsv(rows: Iterable[Sequence[object]]) -> bytes:
+    """Lines of tab-separated values."""
+    buffer = io.StringIO()
+    csv.writer(buffer, delimiter="\t", lineterminator="\n").writerows(rows)
+    return buffer.getvalue().encode()
 
 
 def write_together(folder: Path, files: dict[str, bytes]) -> None:

@@ -1,30 +1,34 @@
 """Images in a folder for each class, read as they lie there, without shards."""
 
-from collections.abc import Sequence
+import os
 from pathlib import Path
 
 from acn_scale.data.image_sources import Folder
 from acn_scale.data.shards import Shard, ShardIndex
-from acn_scale.errors import BadData, UserError
+from acn_scale.errors import BadData
 
 
 class ImageFiles:
     """A folder of class folders in the place of a folder of shards: one "shard" whose records are the files, by class
     and name. `index` describes it.
 
-    `classes` names all classes in their order; default: the class folders, sorted. `split` is taken where the folder
-    holds train and val folders of such. Raises UserError for a folder without images, and for a class folder that is
-    not among the classes.
+    `split` is taken where the folder holds train and val folders of such. Raises UserError for one without images.
     """
 
-    def __init__(self, folder: Path, split: str = "eval", classes: Sequence[str] | None = None) -> None:
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder")
-        self.images = Folder(str(folder), split, classes, streaming=False)
+    def __init__(self, folder: Path, split: str) -> None:
+        self.images = Folder(str(folder), split, None, streaming=False)
         self.location = str(self.images.root)
-        info = {"kind": "images", "source": f"folder:{folder}", "classes": list(self.images.classes)}
+
+    @property
+    def index(self) -> ShardIndex:
+        info = {"kind": "images", "source": f"folder:{self.location}", "classes": list(self.images.classes)}
         entry = Shard("*", self.images.size, 0, self.images.identity)
-        self.index = ShardIndex(folder, [entry], info | {"rows_per_record": 1})
+        return ShardIndex(self.location, [entry], info | {"rows_per_record": 1})
+
+    @property
+    def class_folders(self) -> set[str]:
+        """Those that hold images."""
+        return {path.split(os.sep, 1)[0] for path in self.images.paths}
 
     def missing(self) -> list[str]:
         return []

@@ -1,9 +1,10 @@
 """Noise on images to be evaluated: the ACN paper's, and ImageNet-C's common corruptions from a package."""
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -72,6 +73,15 @@ def image_noise(name: str, *, on: Literal["pixels", "normalised"] = "pixels") ->
         return ImageNoise(on, partial(gaussian, sigma=value, bounds=clip))
     extremes = (0.0, 1.0) if on == "pixels" else (-1.0, 1.0)
     return ImageNoise(on, partial(salt_and_pepper, share=value, bounds=extremes))
+
+
+def image_noises(names: Sequence[str], *, on: Literal["pixels", "normalised"] = "pixels") -> dict[str, ImageNoise]:
+    """By the names that results get; "paper" stands for all of PAPER. Raises UserError."""
+    found = {}
+    for name in chain.from_iterable(PAPER if each == "paper" else (each,) for each in names):
+        noise = image_noise(name, on=on)
+        found[f"{name}_normalised" if noise.stage == "normalised" else name] = noise
+    return found
 
 
 def corruptions_version() -> str:
