@@ -68,6 +68,7 @@ class Checkpoints:
             "stream": stream.state_dict(),
             "layout": reshape.layout(engine),
             "parameters": reshape.names_in_order(engine),
+            "frozen": [name for name, each in engine.module.named_parameters() if not each.requires_grad],
         } | state
         self._writer = _Writer(self, path, temporary, parts, state)
         self._writer.start()

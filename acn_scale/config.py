@@ -297,6 +297,7 @@ class TrainConfig(Section):
         description="start from the weights of a run, a checkpoint, an export, hf:FOLDER or timm:NAME_OR_FILE; another "
         "connectivity's joins and a head of other classes keep their own start",
     )
+    freeze: bool = Field(False, description="train the head alone; all else stays as train.init_from has it")
     batch_ramp: Duration = Field(
         "0step", description="at first an eighth of the global batch, doubled three times at equal intervals of this"
     )
@@ -427,6 +428,16 @@ class Config(Section):
             raise ValueError(f"train.offload = {train.offload}: train.zero_stage must be {lowest} or more")
         if train.compile and stage == 3:
             raise ValueError("train.compile = true: train.zero_stage must be 0, 1 or 2")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_freeze(self) -> "Config":
+        if self.train.freeze:
+            if not self.train.init_from:
+                raise ValueError("train.freeze = true: train.init_from must name the network that stays as it is")
+            if self.optim.name == "muon" or self.depth.cut_while_training:
+                key = "optim.name = muon" if self.optim.name == "muon" else "depth.cut_while_training = true"
+                raise ValueError(f"{key}: is about blocks, which train.freeze = true does not train")
         return self
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ BUCKET = 500_000_000  # elements of gradients that are summed over the ranks at 
 def deepspeed_config(cfg: Config, world_size: int, parameters: int) -> dict[str, Any]:
     """Everything DeepSpeed is told. What it would otherwise choose by itself (clipping at 1.0) is written out.
 
-    `parameters`: how many numbers the model has; it takes the whole of a bucket's memory, however few they are.
+    `parameters`: how many numbers are trained; it takes the whole of a bucket's memory, however few they are.
     """
     micro_batch_size = cfg.micro_batch_size(world_size)
     zero: dict[str, Any] = {"stage": cfg.train.zero_stage, "reduce_bucket_size": min(BUCKET, parameters)}
@@ -66,7 +66,8 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
         for block in model.trunk.blocks:  # alike, so that one compilation does for all
             block.compile()
     optimizer = _muon(model, cfg.optim) if cfg.optim.name == "muon" else build_optimizer(model, cfg.optim)
-    config = deepspeed_config(cfg, world_size, sum(parameter.numel() for parameter in model.parameters()))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    config = deepspeed_config(cfg, world_size, trained)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if world_size == 1 and cfg.train.zero_stage == 0:
         engine.enable_backward_allreduce = False  # it copies all gradients, to sum them with nobody's
@@ -169,15 +170,15 @@ def _update(engine: Any) -> bool:
 def gradient_norms(engine: Any) -> dict[str, float]:
     """L2 norm of the whole gradient before clipping, "all", and of its parts: "embed", "block_01", ..., "head".
 
-    A join counts to the block below it. Call it on every rank, after the last backward pass of a step and before the
-    update: full gradients are put together from all ranks.
+    A join counts to the block below it, and what is frozen has none. Call it on every rank, after the last backward
+    pass of a step and before the update: full gradients are put together from all ranks.
     """
     from deepspeed.utils import safe_get_full_grad
 
     squares: dict[str, float] = {}
     scale = engine.loss_scale() if engine.fp16_enabled() else 1.0
     for name, parameter in engine.module.named_parameters():
-        gradient = safe_get_full_grad(parameter)
+        gradient = safe_get_full_grad(parameter) if parameter.requires_grad else None
         if gradient is not None:
             part = part_of(name)
             squares[part] = squares.get(part, 0.0) + (gradient.double() / scale).square().sum().item()

@@ -14,7 +14,7 @@ from acn_scale import checkpoint, curriculum, distributed
 from acn_scale.checkpoint import Checkpoints
 from acn_scale.cli import config_from_args, exit_on_user_error
 from acn_scale.config import Config
-from acn_scale.convert.start import start_from
+from acn_scale.convert.start import restore_frozen, start_from
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.stream import Evaluation, Stream
 from acn_scale.dead_blocks import DeadBlocks
@@ -27,7 +27,7 @@ from acn_scale.guard import Guard
 from acn_scale.hardware import peak_rate
 from acn_scale.log import Metrics, Window, describe, progress_bar, setup_logging
 from acn_scale.models import build_model
-from acn_scale.optim import learning_rate
+from acn_scale.optim import freeze, learning_rate
 from acn_scale.profiling import Profiler
 from acn_scale.runs import append_bad_step, check_run_folder, open_run_folder, restarts
 from acn_scale.stopping import EXIT_STOPPED, StopSignals
@@ -93,18 +93,24 @@ class Trainer:
         self.peak_rate = peak_rate(device, cfg.train.precision)
         self.window = Window(tokens_per_sample(cfg.model), device)
 
-    def build(self, depth: int, *, fresh: bool) -> None:
-        """The network, of so many blocks, in an engine; `fresh`: with the weights that the run starts from."""
+    def build(self, depth: int, path: Path | None) -> None:
+        """The network, of so many blocks, in an engine, to go on from a checkpoint, or with the weights that the run
+        starts from."""
         cfg = self.cfg.model_copy(update={"model": self.cfg.model.model_copy(update={"depth": depth})})
         torch.manual_seed(cfg.run.seed)  # the same initial weights on every rank
         model = build_model(cfg.model)
+        if cfg.train.freeze:
+            freeze(model)
         log.info("%s", describe(cfg, model, self.horizon, distributed.world_size()))
-        if fresh and cfg.train.init_from:
-            with distributed.together():
+        with distributed.together():
+            if path is None and cfg.train.init_from:
                 start_from(model, cfg.model, cfg.train.init_from)
+            elif path is not None:
+                restore_frozen(model, path)
         self.engine = build_engine(model, cfg, self.device, distributed.world_size())
         self.average = WeightAverage(self.engine, cfg.train.ema_decay) if cfg.train.ema_decay else None
-        self.flops_per_sample = step_flops(cfg.model, cfg.data.mask_ratio) if self.peak_rate else 0
+        mask_ratio, frozen = cfg.data.mask_ratio, cfg.train.freeze
+        self.flops_per_sample = step_flops(cfg.model, mask_ratio, frozen=frozen) if self.peak_rate else 0
         self.depth = depth
 
     def run(self) -> bool:
@@ -223,7 +229,7 @@ class Trainer:
         self.watchdog.beat(0, "reshape")  # which may take as long as it needs
         depth = checkpoint.read_state(path)["depth"] if path else self.cfg.model.depth
         if depth != self.depth:
-            self.build(depth, fresh=path is None)
+            self.build(depth, path)
         if path is None:
             return 0
         state = checkpoint.load(self.engine, self.stream, path)

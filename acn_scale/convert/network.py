@@ -112,11 +112,13 @@ def network(card: Card, weights: Pieces, tokenizer: bytes | None = None) -> Netw
         place = f"lacks {name}" if name in named else f"has {name}, which this model has not"
         raise UserError(f"{card.source}: {place}; are these the weights of another model?")
     for name, parameter in named.items():
-        _fill(parameter, weights[name], f"{card.source}: {name}")
+        fill(parameter, weights[name], f"{card.source}: {name}")
     return Network(model, card, tokenizer)
 
 
-def _fill(parameter: Tensor, pieces: list[Tensor], what: str) -> None:
+def fill(parameter: Tensor, pieces: list[Tensor], what: str) -> None:
+    """Put the pieces of a weight together in a parameter. Raises UserError, which names it as `what`, where they do not
+    fit."""
     size, first = sum(piece.numel() for piece in pieces), pieces[0]
     whole = len(pieces) == 1
     if size < parameter.numel() or (whole and first.shape not in (parameter.shape, (parameter.numel(),))):

@@ -1,12 +1,15 @@
-"""Weights of another network as the start of a run."""
+"""Weights of another network as the start of a run, and of what it does not train when it goes on."""
 
 import logging
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from acn_scale.config import ModelConfig
+from acn_scale.convert.network import fill
 from acn_scale.convert.sources import read_model
+from acn_scale.convert.zero import frozen
 from acn_scale.errors import UserError
 from acn_scale.models.connectivity import patterns
 
@@ -33,6 +36,14 @@ def start_from(model: nn.Module, cfg: ModelConfig, source: str) -> list[str]:
             kept.append(name)
     log.info("weights taken from %s%s", source, f"; as they were: {', '.join(kept)}" if kept else "")
     return kept
+
+
+@torch.no_grad()
+def restore_frozen(model: nn.Module, checkpoint: Path) -> None:
+    """Put the weights that a run does not train back into its model, from a checkpoint of any layout."""
+    named = dict(model.named_parameters())
+    for name, pieces in frozen(checkpoint).items():
+        fill(named[name].detach(), pieces, f"{checkpoint}: {name}")
 
 
 def _may_differ(name: str, cfg: ModelConfig, other: ModelConfig) -> bool:

@@ -45,18 +45,32 @@ def weights(checkpoint: Path, *, average: bool = False) -> Pieces:
     if found := damage(checkpoint):
         raise UserError(found[0] + (f", and {len(found) - 1} more files are damaged" if len(found) > 1 else ""))
     if average:
-        return _averages(checkpoint)
+        return _averages(checkpoint) | frozen(checkpoint)
     state = read_json(checkpoint / STATE_NAME)
     try:
         ranks, stage = state["layout"]["ranks"], state["layout"]["zero_stage"]
         if stage == 0:
-            return _whole(checkpoint, state["parameters"])
+            return _whole(checkpoint, state["parameters"]) | frozen(checkpoint)
         parts = [_optimizer_state(checkpoint, rank) for rank in range(ranks)]
-        return _slices(parts) if stage < 3 else _partitions(parts, _shapes(checkpoint))
+        return (_slices(parts) if stage < 3 else _partitions(parts, _shapes(checkpoint))) | frozen(checkpoint)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, StopIteration) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{checkpoint}: not a checkpoint of this version: {error!r}") from None
+
+
+def frozen(checkpoint: Path) -> Pieces:
+    """The weights that the run does not train, in the precision that it has them in."""
+    state = read_json(checkpoint / STATE_NAME)
+    names, layout = state.get("frozen", []), state["layout"]
+    if not names:
+        return {}
+    if layout["zero_stage"] < 3:
+        module = _load(checkpoint / "mp_rank_00_model_states.pt")["module"]
+        return {name: [module[name]] for name in names}
+    files = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(layout["ranks"])]
+    parts = [_load(checkpoint / file)["frozen_param_fragments"] for file in files]
+    return {name: [part[name] for part in parts] for name in names}
 
 
 def _load(path: Path) -> dict[str, Any]:
