@@ -15,6 +15,7 @@ from test_pretrain import command_line, measured
 
 from acn_scale.cli import load_config
 from acn_scale.config import Config
+from acn_scale.runs import run_folder
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "launchers"))
@@ -86,12 +87,12 @@ def test_a_snapshot_does_not_change(
     vit: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same code and config are the same folder; others are another one, and the first one stays as it is."""
-    first = submission.prepare(vit())
-    assert submission.prepare(vit()) == first
+    first = submission.prepare(run_folder(vit()), vit())
+    assert submission.prepare(run_folder(vit()), vit()) == first
     assert load_config(first / "config.json") == vit()
     assert (first / "acn_scale/pretrain.py").read_bytes() == (ROOT / "acn_scale/pretrain.py").read_bytes()
     assert (first / "COMMIT").read_text().strip()
-    other = submission.prepare(vit(health={"hang_timeout": 60.0}))
+    other = submission.prepare(run_folder(vit()), vit(health={"hang_timeout": 60.0}))
     assert other != first
     assert load_config(first / "config.json") == vit()
 
