@@ -22,15 +22,19 @@ class Encoder:
     pad: int = PAD
 
     def sequence(self, texts: tuple[str, ...], max_tokens: int) -> tuple[list[int], list[int]]:
-        """Ids and segments of [CLS] first [SEP], or [CLS] first [SEP] second [SEP]; the longer of two texts is cut
-        first (Devlin et al. 2019, app. A.2).
+        """Ids and segments of [CLS] first [SEP], or [CLS] first [SEP] second [SEP].
+
+        Of two texts that are too long together, the longer one is cut first (Devlin et al. 2019, app. A.2); the number
+        that is left over goes to the one that was longer, as Transformers does it.
         """
         parts = [self.encode(text) for text in texts]
         room = max_tokens - 1 - len(parts)
-        while (over := sum(map(len, parts)) - room) > 0:
-            longest = max(parts, key=len)  # the first one of two that are as long
-            others = max((len(part) for part in parts if part is not longest), default=0)
-            del longest[len(longest) - max(1, min(over, len(longest) - others)) :]
+        if len(parts) == 1:
+            parts = [parts[0][:room]]
+        elif sum(map(len, parts)) > room:
+            small = min(*map(len, parts), room // 2)
+            sizes = (small, room - small) if len(parts[0]) <= len(parts[1]) else (room - small, small)
+            parts = [part[:size] for part, size in zip(parts, sizes, strict=True)]
         ids, segments = [self.cls], [0]
         for number, part in enumerate(parts):
             ids += [*part, self.sep]
