@@ -13,9 +13,10 @@ TOKENIZER_FILES = (TOKENIZER_NAME, "tokenizer.json", "vocab.txt")
 
 @dataclass(frozen=True)
 class Encoder:
-    """`encode` gives the ids of a text without special ones."""
+    """`encode` gives the ids of a text without special ones; `pieces` what ids stand for."""
 
     encode: Callable[[str], list[int]]
+    pieces: Callable[[list[int]], list[str]]
     vocab_size: int
     cls: int = CLS
     sep: int = SEP
@@ -47,7 +48,7 @@ def load_encoder(folder: str | Path) -> Encoder:
     folder = Path(folder)
     if (folder / TOKENIZER_NAME).exists():
         ours = load_tokenizer(folder)
-        return Encoder(ours.EncodeAsIds, ours.vocab_size())
+        return Encoder(ours.EncodeAsIds, ours.IdToPiece, ours.vocab_size())
     for name in TOKENIZER_FILES[1:]:
         if (folder / name).exists():
             return _hugging_face(folder / name)
@@ -73,7 +74,10 @@ def _hugging_face(path: Path) -> Encoder:
     def encode(text: str) -> list[int]:
         return theirs.encode(text, add_special_tokens=False).ids
 
-    return Encoder(encode, theirs.get_vocab_size(), *special.values())
+    def pieces(ids: list[int]) -> list[str]:
+        return [theirs.id_to_token(number) or "?" for number in ids]
+
+    return Encoder(encode, pieces, theirs.get_vocab_size(), *special.values())
 
 
 def _lowercase(folder: Path) -> bool:
