@@ -25,3 +25,12 @@ def run(snapshot: str, program: str) -> int | None:
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, lambda number, _: trainer.send_signal(number))
     return trainer.wait()
+
+
+def run_tool(command: list[str], marker: str, snapshot: str) -> None:
+    """Run a tool of the snapshot, and write the marker once it has done its work. Raises SystemExit where it fails."""
+    code = subprocess.run([sys.executable, "-u", *command], env=os.environ | {"PYTHONPATH": snapshot}).returncode
+    if code:
+        raise SystemExit(code)
+    with open(marker, "w") as file:
+        file.write("\n".join(command) + "\n")

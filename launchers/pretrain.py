@@ -27,13 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cfg = load_config(args.config, args.overrides)
     submission.check(cfg, args)
     name = cfg.run.name.replace("/", "_")
-    text = submission.sbatch_file(args, name, [submission.snapshot_path(cfg)])
+    text = submission.sbatch_file(args, name, [submission.snapshot_path(run_folder(cfg), cfg)])
     if args.dry_run:
         print(text, end="")
         return
     if args.cluster == "slurm" and not args.prepare:
         submission.check_with_slurm(text)
-    snapshot = submission.prepare(cfg)
+    snapshot = submission.prepare(run_folder(cfg), cfg)
     if args.prepare:
         print(snapshot)
     elif args.cluster == "debug":

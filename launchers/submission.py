@@ -18,6 +18,7 @@ import cloudpickle
 import job
 import requeue
 import submitit
+from pydantic import BaseModel
 from submitit.slurm.slurm import _make_sbatch_string
 
 import acn_scale
@@ -78,37 +79,38 @@ def check(cfg: Config, args: argparse.Namespace) -> None:
         raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} is this machine alone")
 
 
-def _content(cfg: Config) -> dict[str, bytes]:
+def _content(config: str) -> dict[str, bytes]:
     """What a job is made of, by its name in the snapshot."""
     sources = Path(acn_scale.__file__).parents[1]
-    files = sorted(path for part in ("acn_scale", "launchers") for path in (sources / part).rglob("*.py"))
-    config = json.dumps(cfg.model_dump(mode="json"), indent=1) + "\n"
+    files = sorted(path for part in ("acn_scale", "launchers", "tools") for path in (sources / part).rglob("*.py"))
     return {str(path.relative_to(sources)): path.read_bytes() for path in files} | {"config.json": config.encode()}
 
 
-def snapshot_path(cfg: Config) -> Path:
-    """Where the snapshot of the code and config as they are now belongs."""
-    digest = hashlib.sha256(repr(sorted(_content(cfg).items())).encode()).hexdigest()
-    return (run_folder(cfg) / "jobs" / f"snapshot_{digest[:12]}").resolve()
+def snapshot_path(folder: Path, values: BaseModel) -> Path:
+    """Where the snapshot of the code and config as they are now belongs, for a job whose results go to a folder."""
+    config = json.dumps(values.model_dump(mode="json"), indent=1) + "\n"
+    digest = hashlib.sha256(repr(sorted(_content(config).items())).encode()).hexdigest()
+    return (folder / "jobs" / f"snapshot_{digest[:12]}").resolve()
 
 
-def prepare(cfg: Config) -> Path:
-    """Copy the code and the resolved config into the run's folder, where later edits do not reach; return where.
+def prepare(folder: Path, values: BaseModel) -> Path:
+    """Copy the code and the resolved config into the folder, where later edits do not reach; return where.
 
-    The same code and config give the same folder: one that a queued job waits for is never written over.
+    The same code and config give the same snapshot: one that a queued job waits for is never written over.
     """
-    snapshot = snapshot_path(cfg)
+    snapshot = snapshot_path(folder, values)
     if not snapshot.exists():
         temporary = snapshot.with_suffix(".tmp")
+        config = json.dumps(values.model_dump(mode="json"), indent=1) + "\n"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            for name, content in _content(cfg).items():
+            for name, content in _content(config).items():
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 (temporary / name).write_bytes(content)
             (temporary / COMMIT).write_text(f"{git_commit() or 'not in git'}\n")
             temporary.rename(snapshot)
         except OSError as error:
-            raise UserError(f"run.dir = {cfg.run.dir}: {snapshot}: {error.strerror}") from None
+            raise UserError(f"{snapshot}: {error.strerror}") from None
     return snapshot
 
 
@@ -165,13 +167,13 @@ def launch_all(
     """
     for cfg in configs:
         check(cfg, args)
-    text = sbatch_file(args, name, [snapshot_path(cfg) for cfg in configs], parallel, after)
+    text = sbatch_file(args, name, [snapshot_path(run_folder(cfg), cfg) for cfg in configs], parallel, after)
     if args.dry_run:
         print(text, end="")
         return 0, []
     if args.cluster == "slurm":
         check_with_slurm(text)
-    snapshots = [prepare(cfg) for cfg in configs]
+    snapshots = [prepare(run_folder(cfg), cfg) for cfg in configs]
     if args.cluster == "local":
         return max(run_here(args, snapshot, program) for snapshot in snapshots), []
     jobs = submit(args, name, snapshots, program, parallel, after)
@@ -199,6 +201,17 @@ def submit(
     for submitted, snapshot in zip(jobs, snapshots, strict=True):
         write_json(snapshot.parent / "job.json", {"id": submitted.job_id, "log": str(submitted.paths.stderr)})
     return [submitted.job_id for submitted in jobs]
+
+
+def submit_tool(
+    args: argparse.Namespace, name: str, snapshot: Path, command: Sequence[str], marker: Path, after: Sequence[str]
+) -> str:
+    """Submit one process, job.run_tool, that begins when the jobs `after` have ended well; return the job's id."""
+    executor = submitit.SlurmExecutor(folder=snapshot.parent)
+    values = parameters(args, name, [snapshot], after) | {"nodes": 1, "ntasks_per_node": 1}
+    executor.update_parameters(**{key: value for key, value in values.items() if key != "teardown"})
+    logging.getLogger("submitit").setLevel(logging.ERROR)
+    return executor.submit(job.run_tool, list(command), str(marker), str(snapshot)).job_id
 
 
 def check_with_slurm(text: str) -> None:

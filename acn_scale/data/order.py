@@ -109,7 +109,7 @@ class BucketedOrder(Order):
         first = -(epoch * self.num_samples) % self.batch  # where the first batch of the epoch's own begins
         size = self.BUCKETS * self.batch
         start = 0 if position < first else first + (position - first) // size * size
-        end = first if position < first else min(start + size, self.num_samples)
+        end = min(first if position < first else start + size, self.num_samples)
         return int(self._sorted(epoch, start, end)[position - start])
 
     def _sort_chunk(self, epoch: int, start: int, end: int) -> np.ndarray:

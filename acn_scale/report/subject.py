@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acn_scale.checkpoint import STATE_NAME
-from acn_scale.config import DataConfig, EvalConfig, TextDataConfig
+from acn_scale.config import DataConfig, EvalConfig, SentenceDataConfig, TextDataConfig
 from acn_scale.convert.export import is_export
 from acn_scale.convert.network import Card, Network
 from acn_scale.convert.sources import read_model
@@ -59,7 +59,7 @@ def _open(given: Path, data: str | None) -> Subject:
         name = f"{whole.parents[1].name}/{whole.name}" if checkpoint else whole.name
         is_run = True
     evaluation = evaluation_of(config, net.card.model, batch_size=batch_size)
-    if net.tokenizer is not None:
+    if net.tokenizer is not None and isinstance(config, TextDataConfig):
         _check_tokenizer(net.tokenizer, config)
     return Subject(name, given, folder, is_run, net, config, evaluation)
 
@@ -70,7 +70,7 @@ def _data_of_export(folder: Path, card: Card, data: str | None) -> DataConfig:
         raise UserError(f"{folder}: an export has no evaluation shards of its own; name some with --data DIR")
     if card.model.name == "bert":
         if card.model.num_classes:
-            raise UserError(f"{folder}: model.num_classes = {card.model.num_classes}: must be a masked language model")
+            return SentenceDataConfig(kind="sentences", train=data, eval=data, tokenizer=str(folder))
         return TextDataConfig(kind="text", train=data, eval=data)
     if card.images is None:
         raise UserError(f"{folder}/config.json: images = null: must say how images are prepared")
