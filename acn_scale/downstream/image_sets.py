@@ -49,6 +49,7 @@ class Subject:
     images: ImageSet
     train: ImageSet | None  # for what is fitted to its readouts
     data: ImageDataConfig
+    classes: Sequence[str] | None  # in the network's order, as given
     folder: Path
     batch_size: int
     seed: int | None  # of the run
@@ -77,9 +78,9 @@ class Subject:
                 chosen=chosen,
             )
 
-    def open(self, location: str, classes: Sequence[str] | None = None) -> ImageSet:
+    def open(self, location: str) -> ImageSet:
         """Other images for the same network."""
-        return open_images(location, "eval", self.net, classes)
+        return open_images(location, "eval", self.net, self.classes)
 
 
 def open_subject(
@@ -119,6 +120,7 @@ def open_subject(
         images=open_images(data or found.eval, "eval", net, classes),
         train=open_images(train, "train", net, classes) if train else None,
         data=found,
+        classes=classes,
         folder=place,
         batch_size=batch_size or (cfg.eval if cfg else EvalConfig()).batch_size,
         seed=cfg.run.seed if cfg else None,
