@@ -19,7 +19,7 @@ ROWS = [
     {"convert", "batches", "results"},
     {"pretrain", "report"},
     {"benchmark", "plan", "evaluation", "downstream"},
-    {"finetune"},
+    {"finetune", "studies"},
 ]
 ONLY_IN = {"deepspeed": {"engine", "ema"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 
