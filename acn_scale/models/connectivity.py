@@ -100,7 +100,7 @@ class ScaledAutoCompressing(AutoCompressing):
 
 
 class HybridAutoCompressing(AutoCompressing):
-    """x_i = v_i + g x_{i-1}, of sublayers, with one learned g for both of a block, 0.75 at first; output v_0 + v_1 + ...
+    """x_i = v_i + g x_{i-1}, of sublayers, g learned, one for both of a block, 0.75 at first; output v_0 + ... + v_L.
 
     H-ACN, from the code that the ACN's authors published beside arXiv 2506.09714. g = 1 is Residual, g = 0
     AutoCompressing. A gate for each sublayer would leave the last one without use.
@@ -113,7 +113,7 @@ class HybridAutoCompressing(AutoCompressing):
     def forward(self, state: State, block: Block) -> State:
         x, total, *gate = state
         if self.gate is not None:
-            gate = [self.gate * x.new_ones(len(x), 1, 1)]
+            gate = [self.gate.expand(x.shape[0], 1, 1)]
         carried = gate[0] * x  # before the block: recomputing ends with it then, and ZeRO-3 does not drop its weights
         y = block(x)
         return (y + carried, total + y, *gate)

@@ -123,8 +123,8 @@ class Sublayer(nn.Module):
         y = self.op(self.norm(x), mask, *more)
         y, *rest = y if isinstance(y, tuple) else (y,)
         y = self.dropout(y)
-        if self.drop_path:
-            y = y * F.dropout(y.new_ones(len(y), 1, 1), self.drop_path, self.training)
+        if self.drop_path and self.training:
+            y = y * F.dropout(y.new_ones(len(y), 1, 1), self.drop_path)
         return (y, *rest) if rest else y
 
 
