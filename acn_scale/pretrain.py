@@ -152,12 +152,12 @@ class Trainer:
     def take(self, step: int) -> Step:
         """One optimizer step, judged by all ranks alike."""
         torch.manual_seed(dropout_seed(self.cfg.run.seed, step - 1, self.rank))
+        curriculum.apply(self.cfg, self.engine.module, step - 1, self.horizon)
         self.watchdog.beat(step, "data")
         if step in self.guard.passed_over:
             self.stream.pass_over()
             self.window.passed_over()
             return Step(stop=distributed.sum_on_cpu([self.signals.received is not None])[0] > 0)
-        curriculum.apply(self.cfg.early_exit, self.engine.module, step - 1, self.horizon.steps)
         waited, samples = self.stream.waited, self.stream.plan.size(step - 1)
         result = train_step(
             self.engine,
@@ -241,6 +241,7 @@ class Trainer:
         self.metrics.flush()
         state = {"guard": self.guard.state_dict(), "window": self.window.state_dict(), "depth": depth}
         state |= {"dead_blocks": self.dead_blocks.state_dict()}
+        state |= {"short": curriculum.short_share(self.horizon.count(self.cfg.train.anneal), step - 1)}
         parts = self.average.parts() if self.average else None
         self.stall = self.checkpoints.save(self.engine, self.stream, step, state, parts)
 

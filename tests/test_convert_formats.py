@@ -58,7 +58,8 @@ CUSTOM = [
     mixer(connectivity="acn", wrapper=True, pool="cls"),
     bert(connectivity="acn"),
     bert(connectivity="acn", num_classes=3),
-    bert(connectivity="denseformer", norm="pre"),
+    bert(connectivity="h_acn", norm="pre"),
+    vit(connectivity="hyper", drop_path=0.1),
 ]
 
 
@@ -141,8 +142,10 @@ def test_timm(exported: Callable[..., Path], model: ModelConfig) -> None:
     assert back.card.images.classes == net.card.images.classes
 
 
-@pytest.mark.parametrize("model", [vit(connectivity="acn"), mixer(), bert(connectivity="acn"), bert(num_classes=3)],
-                         ids=described)  # fmt: skip
+@pytest.mark.parametrize("model", [
+    vit(connectivity="acn"), mixer(connectivity="hyper"), bert(connectivity="acn"),
+    bert(connectivity="value_residual", num_classes=3),
+], ids=described)  # fmt: skip
 def test_programs(exported: Callable[..., Path], model: ModelConfig) -> None:
     """ONNX and torch.export, with batches other than those they were made with."""
     import onnxruntime

@@ -14,7 +14,7 @@ ROWS = [
     {"config"},
     {"cli", "distributed"},
     {"log", "progress", "runs", "models", "data", "optim", "guard", "profiling"},
-    {"engine", "reshape", "depth", "watchdog", "curriculum"},
+    {"engine", "reshape", "depth", "watchdog", "curriculum", "gradients"},
     {"checkpoint", "ema", "memory", "dead_blocks", "early_exit"},
     {"convert", "batches", "results"},
     {"pretrain", "report"},
