@@ -101,7 +101,7 @@ class Trainer:
         log.info("%s", describe(cfg, model, self.horizon, distributed.world_size()))
         if fresh and cfg.train.init_from:
             with distributed.together():
-                start_from(model, cfg.model, cfg.train.init_from)
+                start_from(model, cfg.train.init_from)
         self.engine = build_engine(model, cfg, self.device, distributed.world_size())
         self.average = WeightAverage(self.engine, cfg.train.ema_decay) if cfg.train.ema_decay else None
         self.flops_per_sample = step_flops(cfg.model, cfg.data.mask_ratio) if self.peak_rate else 0

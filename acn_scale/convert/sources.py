@@ -4,10 +4,12 @@ import logging
 import math
 from pathlib import Path
 
+from torch import Tensor
+
 from acn_scale.checkpoint import STATE_NAME, complete, read_state
 from acn_scale.config import Config, ImageDataConfig
 from acn_scale.convert.export import is_export, read_export
-from acn_scale.convert.hugging_face import read_hugging_face
+from acn_scale.convert.hugging_face import read_hugging_face, read_parts
 from acn_scale.convert.network import Card, Images, Network, network
 from acn_scale.convert.timm_models import read_timm
 from acn_scale.convert.zero import weights
@@ -42,6 +44,12 @@ def read_model(source: Path | str, *, average: bool = False) -> Network:
     if checkpoints:
         return _read_checkpoint(checkpoints[-1], average)
     raise UserError(f"{source}: holds no complete checkpoint and no export{' with an average' * average}")
+
+
+def read_weights(source: str) -> dict[str, Tensor]:
+    """By name, of whatever read_model takes, or of an encoder without a head in hf:FOLDER."""
+    kind, _, rest = source.partition(":")
+    return read_parts(Path(rest))[1] if kind == "hf" and rest else read_model(source).weights()
 
 
 def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
