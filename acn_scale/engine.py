@@ -175,7 +175,7 @@ def gradient_norms(engine: Any) -> dict[str, float]:
     from deepspeed.utils import safe_get_full_grad
 
     squares: dict[str, float] = {}
-    scale = engine.loss_scale() if engine.fp16_enabled() else 1.0
+    scale = engine.optimizer.loss_scale if engine.fp16_enabled() else 1.0  # the engine knows the config alone
     for name, parameter in engine.module.named_parameters():
         gradient = safe_get_full_grad(parameter)
         if gradient is not None:
