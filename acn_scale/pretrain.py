@@ -289,7 +289,8 @@ class Trainer:
         curve = " ".join(f"{100 * value:.1f}" for value in accuracy)
         loss, cut = values["eval/loss"], values["depth/cutoff"]
         log.info("step %d: loss %.4f, accuracy by depth %s, cut-off %d", step, loss, curve, cut)
-        return self.dead_blocks.depth_to_keep(accuracy, change) if cuts else self.depth
+        goes_on = step < self.horizon.steps
+        return self.dead_blocks.depth_to_keep(accuracy, change) if cuts and goes_on else self.depth
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
