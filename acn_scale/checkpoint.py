@@ -63,12 +63,7 @@ class Checkpoints:
         if distributed.union(mistakes):
             return time.perf_counter() - start
         parts = _parts(engine, temporary) | (parts or {})
-        state = {
-            "step": step,
-            "stream": stream.state_dict(),
-            "layout": reshape.layout(engine),
-            "parameters": reshape.names_in_order(engine),
-        } | state
+        state = {"step": step, "stream": stream.state_dict()} | reshape.notes(engine) | state
         self._writer = _Writer(self, path, temporary, parts, state)
         self._writer.start()
         return time.perf_counter() - start

@@ -308,8 +308,8 @@ class TrainConfig(Section):
     init_from: str | None = Field(
         None,
         min_length=1,
-        description="start from the weights of a run, a checkpoint, an export, hf:FOLDER or timm:NAME_OR_FILE; another "
-        "connectivity's joins and a head of other classes keep their own start",
+        description="start from the weights of a run, a checkpoint, an export, hf:FOLDER (also of an encoder without a "
+        "head) or timm:NAME_OR_FILE; another connectivity's joins and another task's head keep their own start",
     )
     batch_ramp: Duration = Field(
         "0step", description="at first an eighth of the global batch, doubled three times at equal intervals of this"

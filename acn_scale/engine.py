@@ -133,7 +133,7 @@ def train_step(
         losses.append(loss.detach())
         if micro_step < micro_steps - 1:
             phase("backward")
-            engine.backward(loss)
+            _backward(engine, loss)
             engine.step()  # counts the micro batch
     start = time.perf_counter()
     own_loss = torch.stack(losses).double().mean().item()  # waits for a GPU's forward pass
@@ -143,13 +143,20 @@ def train_step(
     mean = total / distributed.world_size()
     fault = judge(mean)
     phase("backward")
-    engine.backward(loss if fault is None else loss * torch.nan)  # DeepSpeed drops what is not finite, on all ranks
+    _backward(engine, loss if fault is None else loss * torch.nan)  # DeepSpeed drops what is not finite, on all ranks
     norms = gradient_norms(engine) if measure_gradients and fault is None else None
     phase("update")
     applied = _update(engine)
     if not applied and fault is None and not engine.fp16_enabled():
         fault = "a gradient is not finite"
     return Step(stops > 0, mean, own_loss, fault, applied, seconds, norms)
+
+
+def _backward(engine: Any, loss: Tensor) -> None:
+    """At stage 0 DeepSpeed divides fp16's gradients by a scale that it has not multiplied the loss by."""
+    if engine.fp16_enabled() and not engine.zero_optimization_stage():
+        loss = loss * engine.optimizer.loss_scale
+    engine.backward(loss)
 
 
 def _update(engine: Any) -> bool:
@@ -175,7 +182,7 @@ def gradient_norms(engine: Any) -> dict[str, float]:
     from deepspeed.utils import safe_get_full_grad
 
     squares: dict[str, float] = {}
-    scale = engine.loss_scale() if engine.fp16_enabled() else 1.0
+    scale = engine.optimizer.loss_scale if engine.fp16_enabled() else 1.0  # the engine knows the config alone
     for name, parameter in engine.module.named_parameters():
         gradient = safe_get_full_grad(parameter)
         if gradient is not None:

@@ -101,7 +101,7 @@ class Trainer:
         log.info("%s", describe(cfg, model, self.horizon, distributed.world_size()))
         if fresh and cfg.train.init_from:
             with distributed.together():
-                start_from(model, cfg.model, cfg.train.init_from)
+                start_from(model, cfg.train.init_from)
         self.engine = build_engine(model, cfg, self.device, distributed.world_size())
         self.average = WeightAverage(self.engine, cfg.train.ema_decay) if cfg.train.ema_decay else None
         self.flops_per_sample = step_flops(cfg.model, cfg.data.mask_ratio) if self.peak_rate else 0
@@ -290,7 +290,8 @@ class Trainer:
         curve = " ".join(f"{100 * value:.1f}" for value in accuracy)
         loss, cut = values["eval/loss"], values["depth/cutoff"]
         log.info("step %d: loss %.4f, accuracy by depth %s, cut-off %d", step, loss, curve, cut)
-        return self.dead_blocks.depth_to_keep(accuracy, change) if cuts else self.depth
+        goes_on = step < self.horizon.steps
+        return self.dead_blocks.depth_to_keep(accuracy, change) if cuts and goes_on else self.depth
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

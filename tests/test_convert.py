@@ -214,16 +214,22 @@ def test_start_from(exported: Callable[..., Path]) -> None:
     ):
         model = build_model(vit(**keys))
         before = {name: weight.clone() for name, weight in model.named_parameters()}
-        assert start_from(model, vit(**keys), str(folder)) == kept
+        assert start_from(model, str(folder)) == kept
         for name, weight in model.named_parameters():
             assert torch.equal(weight, before[name] if name in kept else source.weights()[name])
     for keys in ({"dim": 8}, {"depth": 2}, {"mlp_ratio": 2.0}, {"image_size": 12}):
         with pytest.raises(UserError, match=r"train.init_from = .*: .* in it, .* in this run's model"):
-            start_from(build_model(vit(**keys)), vit(**keys), str(folder))
-    masked = exported(network(bert()), "hf")
-    classifier = bert(num_classes=2, connectivity="acn")
-    kept = start_from(build_model(classifier), classifier, f"hf:{masked}")
-    assert kept == [f"head.{part}.{kind}" for part in ("linear", "pooler") for kind in ("bias", "weight")]
+            start_from(build_model(vit(**keys)), str(folder))
+    masked = network(bert())
+    for source in (exported(masked, "safetensors"), f"hf:{exported(masked, 'hf')}"):
+        model = build_model(bert(num_classes=2, connectivity="acn", max_tokens=5))
+        kept = start_from(model, str(source))
+        assert kept == [f"head.{part}.{kind}" for part in ("linear", "pooler") for kind in ("bias", "weight")]
+        expected = masked.weights()
+        expected["embed.position.weight"] = expected["embed.position.weight"][:5]
+        assert all(torch.equal(weight, expected[name]) for name, weight in model.named_parameters() if name not in kept)
+    with pytest.raises(UserError, match=r"embed.position.weight: \(7, 16\) in it, \(9, 16\) in this run's model"):
+        start_from(build_model(bert(num_classes=2, max_tokens=9)), str(source))
 
 
 def test_runs_start_from_weights(two_ranks: Callable, vit: Callable[..., Config], tmp_path: Path) -> None:

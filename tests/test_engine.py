@@ -13,7 +13,7 @@ from acn_scale.config import Config
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.depth import evaluate
 from acn_scale.durations import Horizon
-from acn_scale.engine import build_engine, deepspeed_config, gradient_norms, train_step
+from acn_scale.engine import Step, build_engine, deepspeed_config, train_step
 from acn_scale.models import build_model
 from acn_scale.models.connectivity import CONNECTIVITY
 from acn_scale.optim import build_optimizer, learning_rate
@@ -142,27 +142,29 @@ def test_skipped_updates_show(two_ranks: Callable, vit: Callable[..., Config], s
 
 
 def fp16_norms(cfg: Config) -> tuple[float, float]:
-    """The gradient norm in fp16, where DeepSpeed scales the loss, and in fp32."""
-    norms = []
-    for precision in ("fp16", "fp32"):
-        torch.manual_seed(0)
-        precise = cfg.model_copy(update={"train": cfg.train.model_copy(update={"precision": precision})})
-        engine = build_engine(build_model(cfg.model), precise, torch.device("cpu"), distributed.world_size())
-        engine.backward(engine(**next(build_stream(cfg, distributed.rank(), distributed.world_size())))["loss"])
-        norms.append(gradient_norms(engine)["all"])
-    return tuple(norms)
-
-
-def fp16_works() -> bool:
+    """The gradient norm of the first update in fp16, where the loss is scaled, and in fp32, of the same batch."""
     from deepspeed.accelerator import get_accelerator
 
-    return get_accelerator().is_fp16_supported()
+    batch = next(build_stream(cfg, distributed.rank(), distributed.world_size()))
+    known = type(get_accelerator()).is_fp16_supported
+    type(get_accelerator()).is_fp16_supported = lambda self: True  # PyTorch can, however slowly
+    try:
+        norms = []
+        for precision in ("fp16", "fp32"):
+            torch.manual_seed(0)
+            precise = cfg.model_copy(update={"train": cfg.train.model_copy(update={"precision": precision})})
+            engine = build_engine(build_model(cfg.model), precise, torch.device("cpu"), distributed.world_size())
+            step = Step(stop=False)
+            while not step.applied:  # the scale begins too high
+                step = train_step(engine, iter([batch]), 1e-3, measure_gradients=True)
+            norms.append(step.gradient_norms["all"])
+        return tuple(norms)
+    finally:
+        type(get_accelerator()).is_fp16_supported = known
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_gradient_norms_are_without_loss_scale(two_ranks: Callable, vit: Callable[..., Config], stage: int) -> None:
-    if not two_ranks(fp16_works)[0]:
-        pytest.skip("this device cannot do fp16")
     for scaled, plain in two_ranks(fp16_norms, vit(train={"zero_stage": stage}, model={"depth": 1})):
         assert scaled == pytest.approx(plain, rel=0.02)
 

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acn_scale.convert.network import Card, Network, network
-from acn_scale.convert.zero import Pieces
 from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import UserError
 from acn_scale.runs import read_json, write_json
+from acn_scale.zero import Pieces
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 FORMAT = {"format": "acn_scale", "version": 1}
@@ -66,7 +66,7 @@ def read_export(folder: Path) -> Network:
     return network(card, pieces, tokenizer.read_bytes() if tokenizer.exists() else None)
 
 
-def read_safetensors(path: Path) -> Pieces:
+def read_safetensors(path: Path) -> dict[str, Pieces]:
     """All tensors of a file. Raises UserError where it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:

@@ -9,10 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from acn_scale.config import ModelConfig, Section
-from acn_scale.convert.zero import Pieces
 from acn_scale.depth import cutoff
 from acn_scale.errors import UserError
 from acn_scale.models import build_model
+from acn_scale.zero import Pieces
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,7 +89,7 @@ def shapes_of(model: ModelConfig) -> dict[str, torch.Size]:
         return {name: weight.shape for name, weight in build_model(model).named_parameters()}
 
 
-def network(card: Card, weights: Pieces, tokenizer: bytes | None = None) -> Network:
+def network(card: Card, weights: dict[str, Pieces], tokenizer: bytes | None = None) -> Network:
     """Build the model of a card with these weights, by name and piece by piece.
 
     Raises UserError where names or sizes are not the model's.
@@ -106,7 +106,7 @@ def network(card: Card, weights: Pieces, tokenizer: bytes | None = None) -> Netw
     return Network(model, card, tokenizer)
 
 
-def _fill(parameter: Tensor, pieces: list[Tensor], what: str) -> None:
+def _fill(parameter: Tensor, pieces: Pieces, what: str) -> None:
     size, first = sum(piece.numel() for piece in pieces), pieces[0]
     whole = len(pieces) == 1
     if size < parameter.numel() or (whole and first.shape not in (parameter.shape, (parameter.numel(),))):

@@ -4,18 +4,20 @@ import logging
 import math
 from pathlib import Path
 
-from acn_scale.checkpoint import STATE_NAME, complete, read_state
+from torch import Tensor
+
+from acn_scale.checkpoint import STATE_NAME, complete, damage, read_state
 from acn_scale.config import Config, ImageDataConfig, SentenceDataConfig
-from acn_scale.convert.export import is_export, read_export
-from acn_scale.convert.hugging_face import read_hugging_face
+from acn_scale.convert.export import is_export, read_export, read_safetensors
+from acn_scale.convert.hugging_face import read_hugging_face, read_parts
 from acn_scale.convert.network import Card, Images, Network, network
 from acn_scale.convert.timm_models import read_timm
-from acn_scale.convert.zero import weights
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.storage import read_file
 from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import UserError
 from acn_scale.runs import read_config, read_result
+from acn_scale.zero import Pieces, kept
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,15 @@ def read_model(source: Path | str, *, average: bool = False) -> Network:
     raise UserError(f"{source}: holds no complete checkpoint and no export{' with an average' * average}")
 
 
+def read_weights(source: str) -> dict[str, Tensor]:
+    """By name, of whatever read_model takes, or of an encoder without a head in hf:FOLDER."""
+    kind, _, rest = source.partition(":")
+    return read_parts(Path(rest))[1] if kind == "hf" and rest else read_model(source).weights()
+
+
 def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
+    if found := damage(checkpoint):
+        raise UserError(found[0] + (f", and {len(found) - 1} more files are damaged" if len(found) > 1 else ""))
     run = checkpoint.absolute().parents[1]
     cfg = read_config(run)
     accuracy, evaluated_at = None, None
@@ -72,7 +82,21 @@ def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
         evaluated_at=evaluated_at,
         images=_images(cfg),
     )
-    return network(card, weights(checkpoint, average=average), _tokenizer(cfg))
+    if average:
+        return network(card, _averages(checkpoint), _tokenizer(cfg))
+    weights = {name: each["fp32"] for name, each in kept(checkpoint, state).items()}
+    return network(card, weights, _tokenizer(cfg))
+
+
+def _averages(checkpoint: Path) -> dict[str, Pieces]:
+    """ZeRO or not: each rank's file holds whole tensors."""
+    files = sorted(checkpoint.glob("ema_*.safetensors"))
+    if not files:
+        raise UserError(f"{checkpoint}: keeps no average of the weights; train.ema_decay makes a run keep one")
+    pieces = {}
+    for path in files:
+        pieces |= read_safetensors(path)
+    return pieces
 
 
 def _images(cfg: Config) -> Images | None:

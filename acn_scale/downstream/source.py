@@ -6,6 +6,7 @@ from typing import Any
 
 from acn_scale.checkpoint import STATE_NAME
 from acn_scale.config import ModelConfig, RemoteConfig, SentenceDataConfig
+from acn_scale.convert.hugging_face import read_parts
 from acn_scale.convert.sources import read_model
 from acn_scale.data.encoders import TOKENIZER_FILES
 from acn_scale.data.shards import ShardIndex
@@ -37,6 +38,8 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache  # a grid of runs asks again and again
 def _known_of(source: str) -> tuple[ModelConfig, bytes | None]:
+    if source.startswith("hf:"):  # which may have no head
+        return read_parts(Path(source.removeprefix("hf:")))[0].model, None
     net = read_model(source)
     return net.card.model, net.tokenizer
 
