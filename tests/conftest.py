@@ -59,6 +59,7 @@ def vit(digits: Path, tmp_path: Path) -> Callable[..., Config]:
             "checkpoint": {"every": "5step"},
             "health": {},
             "depth": {},
+            "prune": {},
             "profile": {},
         }
         return Config.model_validate({name: values.get(name, {}) | sections.get(name, {}) for name in values})

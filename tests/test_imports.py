@@ -14,11 +14,12 @@ ROWS = [
     {"config"},
     {"cli", "distributed"},
     {"log", "runs", "models", "data", "optim", "guard", "profiling"},
-    {"engine", "reshape", "depth", "watchdog", "curriculum"},
+    {"engine", "reshape", "depth", "watchdog", "curriculum", "pruning"},
     {"checkpoint", "ema", "memory", "dead_blocks", "early_exit"},
     {"convert", "batches"},
     {"pretrain", "report"},
-    {"benchmark", "plan", "evaluation"},
+    {"benchmark", "plan", "evaluation", "movement"},
+    {"sparsity"},
 ]
 ONLY_IN = {"deepspeed": {"engine", "ema"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 

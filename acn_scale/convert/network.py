@@ -37,6 +37,7 @@ class Card(Section):
     average: bool = False  # whether these are the moving average of the weights
     accuracy: list[float] | None = None  # 0..1 at depth 0 ... full_depth, by the run's last evaluation
     evaluated_at: int | None = None  # the step of that evaluation
+    sparsity: float | None = None  # share of zeros among the blocks' linear weights, where they were pruned
     images: Images | None = None  # None: for text, or not known
 
 
@@ -68,6 +69,8 @@ class Network:
     def cut_within(self, tolerance: float) -> "Network":
         """Cut at the smallest depth, 1 or more, within `tolerance` points of full depth. Raises UserError where no
         accuracy by depth is known."""
+        if not 0 <= tolerance <= 100:
+            raise UserError(f"--tolerance {tolerance}: must be 0 to 100 points of accuracy")
         if self.card.accuracy is None:
             raise UserError(f"--tolerance {tolerance}: {self.card.source} has no accuracy by depth; give --depth")
         depth = max(1, cutoff(self.card.accuracy, tolerance))

@@ -54,7 +54,7 @@ def take_readings(model: nn.Module, evaluation: Evaluation, device: torch.device
             cosines.append(F.cosine_similarity(below.pop(), readout, dim=-1).mean(dim=1))
         below.append(readout)
 
-    batches = _bar(evaluation, f"{name}: evaluating", total=len(evaluation.counts), unit="batch")
+    batches = bar(evaluation, f"{name}: evaluating", total=len(evaluation.counts), unit="batch")
     handle = model.head.register_forward_pre_hook(listen)
     try:
         for scores, counts in scored(model, batches, device):
@@ -134,14 +134,14 @@ def _in_turns(models: Sequence[nn.Module], batch: Batch, description: str) -> li
         seconds(model)
     rounds = []
     start = time.perf_counter()
-    for number in _bar(range(ROUNDS[1]), description, total=ROUNDS[1], unit="round"):
+    for number in bar(range(ROUNDS[1]), description, total=ROUNDS[1], unit="round"):
         if number >= ROUNDS[0] and time.perf_counter() - start > SECONDS:
             break
         rounds.append([seconds(model) for model in models])
     return [list(column) for column in zip(*rounds, strict=True)]
 
 
-def _bar(items: Iterable[Any], description: str, *, total: int, unit: str) -> tqdm:
+def bar(items: Iterable[Any], description: str, *, total: int, unit: str) -> tqdm:
     """A terminal sees it move, a log file gets a line now and then."""
     interval = 0.5 if sys.stderr.isatty() else 20
     return tqdm(
