@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from acn_scale.convert import read_model
 from acn_scale.convert.export import write_export
@@ -67,8 +68,8 @@ def prune_networks(
             _numbers(subject, size, points) for subject, size, (points, _) in zip(subjects, sizes, results, strict=True)
         ]
         if exports:
-            for subject, (points, net) in zip(subjects, results, strict=True):
-                _export(net, subject, points[-1]["sparsity"], exports / subject.slug)
+            for subject, (_, net) in zip(subjects, results, strict=True):
+                _export(net, subject, exports / subject.slug)
         content = (json.dumps(finite({"method": method, "networks": found}), indent=1) + "\n").encode()
         if numbers is not None:
             _copy(content, numbers)
@@ -113,8 +114,8 @@ def _scores(model: torch.nn.Module, evaluation: Evaluation, device: torch.device
     return {key: value / total for key, value in sums.items()}
 
 
-def _export(net: Network, subject: Subject, zeros: float, folder: Path) -> None:
-    card = net.card.model_copy(update={"sparsity": zeros, "full_depth": subject.network.card.full_depth})
+def _export(net: Network, subject: Subject, folder: Path) -> None:
+    card = net.card.model_copy(update={"full_depth": subject.network.card.full_depth})
     folder.mkdir()
     write_export(replace(net, card=card), folder, "fp32")
 
@@ -187,6 +188,9 @@ def _picture(method: str, networks: Sequence[dict[str, Any]]) -> bytes:
         sizes.set_xlabel("parameters that are not zero")
         sizes.set_xscale("log")
         sizes.invert_xaxis()
+        sizes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        sizes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        sizes.xaxis.set_minor_locator(NullLocator())
         for axes in (shares, sizes):
             axes.grid(alpha=0.3)
         shares.legend()

@@ -3,8 +3,9 @@
     python tools/prune.py runs/quickstart/ac_vit runs/quickstart/residual_vit --method magnitude --tolerance 0.5
     python tools/prune.py runs/quickstart/ac_vit runs/quickstart/residual_vit --method movement --tolerance 0.5
 
-magnitude sets the smallest weights to zero, without training. movement trains on by the run's own config, and sets those
-to zero after each epoch whose |weight x gradient| is smallest. Both take the linear weights of all blocks together.
+magnitude sets the smallest weights to zero, without training. movement trains on by the run's own config, and sets
+those to zero after each epoch whose |weight x gradient| is smallest. Both take the linear weights of all blocks
+together.
 """
 
 import argparse
@@ -26,8 +27,8 @@ def main() -> None:
     add("--sparsities", nargs="+", type=share, metavar="S", default=[n / 10 for n in range(10)], help="shares of "
         "zeros, 0 to 1; movement prunes until it is at the highest (default: 0 0.1 ... 0.9)")  # fmt: skip
     add("--share", type=share, default=0.2, help="movement: of what is left, to prune each time (default: 0.2)")
-    add("--every", type=length, default="1ep", metavar="LENGTH", help="movement: training between two prunings, such as "
-        "500step (default: 1ep)")  # fmt: skip
+    add("--every", type=length, default="1ep", metavar="LENGTH", help="movement: training between two prunings, such as"
+        " 500step (default: 1ep)")  # fmt: skip
     add("--set", nargs="+", default=[], metavar="key.sub=value", help="movement: keys of the runs' configs to change, "
         "such as optim.lr")  # fmt: skip
     add("--data", metavar="DIR", help="evaluation shards (default: each run's own; an export has none)")

@@ -26,7 +26,7 @@ class Images(Section):
 
 
 class Card(Section):
-    """What is known of a network: config.json of an export, but for the checksum of its weights."""
+    """What is known of a network: config.json of an export, but for what is told of its file."""
 
     model: ModelConfig  # its depth is the one after the cut
     source: str  # folder or name that it was read from
@@ -37,7 +37,6 @@ class Card(Section):
     average: bool = False  # whether these are the moving average of the weights
     accuracy: list[float] | None = None  # 0..1 at depth 0 ... full_depth, by the run's last evaluation
     evaluated_at: int | None = None  # the step of that evaluation
-    sparsity: float | None = None  # share of zeros among the blocks' linear weights, where they were pruned
     images: Images | None = None  # None: for text, or not known
 
 
