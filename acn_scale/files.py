@@ -41,11 +41,18 @@ def write_together(folder: Path, files: dict[str, bytes]) -> None:
                 path.unlink()
 
 
-def check_writable(out: Path) -> None:
+def check_writable(out: Path, option: str = "--out") -> None:
     """Before an evaluation of hours."""
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise UserError(f"--out {out}: {place} is no folder that can be written to")
+        raise UserError(f"{option} {out}: {place} is no folder that can be written to")
+
+
+def check_new(path: Path, option: str = "--out") -> None:
+    """Whether new_folder(path) has a place."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{option} {path}: is there already; name a folder that is new or empty")
+    check_writable(path, option)
 
 
 @contextmanager
@@ -54,8 +61,7 @@ def new_folder(path: Path, option: str = "--out") -> Iterator[Path]:
 
     Raises UserError where there is something under that name, or the folder cannot be written.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{option} {path}: is there already; name a folder that is new or empty")
+    check_new(path, option)
     temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)

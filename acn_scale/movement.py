@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, log
+from math import ceil, log, nan
 from pathlib import Path
 
 from acn_scale.cli import load_config
@@ -18,7 +18,7 @@ from acn_scale.pretrain import train
 from acn_scale.report.subject import Subject
 from acn_scale.runs import check_run_folder, read_metrics, run_folder
 
-SET_HERE = ("run.name", "run.dir", "model.depth", "train.init_from", "train.length", "eval.every", "prune")
+SET_HERE = ("run.name", "run.dir", "model.depth", "train.init_from", "train.length", "data.eval", "eval.every", "prune")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def movement_runs(subjects: Sequence[Subject], plan: Movement, out: Path) -> lis
         raise UserError(f"--share {plan.share}: must be more than 0 and less than 1")
     if plan.sparsity == 1:
         raise UserError("--sparsities 1: movement prunes a share of what is left and never comes to 1; name less")
+    out = out.absolute()  # the same run from wherever it is called
     runs = [_config(subject, plan, out) for subject in subjects]
     for subject, cfg in zip(subjects, runs, strict=True):
         _start(subject, Path(cfg.train.init_from))
@@ -62,17 +63,17 @@ def _config(subject: Subject, plan: Movement, out: Path) -> Config:
         key = override.partition("=")[0]
         if any(f"{key}.".startswith(f"{mine}.") or mine.startswith(f"{key}.") for mine in SET_HERE):
             raise UserError(f"--set {override}: that is set by the pruning itself")
-    name = f"{subject.slug}/depth_{subject.network.card.model.depth:02d}_share_{plan.share:g}"
+    depth, times = subject.network.card.model.depth, ceil(log(1 - plan.sparsity) / log(1 - plan.share) - 1e-9)
+    name = f"{subject.slug}/depth_{depth:02d}_share_{plan.share:g}_times_{times}"
     layout = ["train.zero_stage=0", "train.offload=none", "train.precision=fp32", "train.ema_decay=0.0"]
     layout += ["train.batch_ramp=0step", "depth.cut_while_training=false", f"checkpoint.every={plan.every}"]
-    mine = {"run.dir": out, "run.name": name, "model.depth": subject.network.card.model.depth}
+    mine = {"run.dir": out, "run.name": name, "model.depth": depth}
     mine |= {"train.init_from": out / name / "start", "data.eval": subject.data.eval}
     mine |= {"prune.share": plan.share, "prune.every": plan.every, "eval.every": plan.every}
     path = subject.folder / "config.json"
     overrides = [*layout, *plan.overrides, *(f"{key}={_toml(value)}" for key, value in mine.items())]
     cfg = load_config(path, overrides)
     samples = ShardIndex.load(cfg.data.train, cfg.data.remote).num_samples
-    times = ceil(log(1 - plan.sparsity) / log(1 - plan.share) - 1e-9)
     steps = (times + 1) * max(1, Horizon(samples, cfg.train.global_batch_size).count(plan.every))
     cfg = load_config(path, [*overrides, f"train.length={steps}step"])
     check_run_folder(cfg)
@@ -97,9 +98,11 @@ def _start(subject: Subject, folder: Path) -> None:
 
 
 def movement_curve(folder: Path) -> list[dict[str, float]]:
-    """Of a run: what its last evaluation at each sparsity says, in rising order."""
+    """Of a run: what its last evaluation at each sparsity says, in rising order; nan where that was not finite."""
     names = {"sparsity": "prune/sparsity", "sparsity_all": "prune/sparsity_all"}
     names |= {"accuracy": "eval/accuracy", "loss": "eval/loss"}
     lines = [line for line in read_metrics(folder) if names["sparsity"] in line]
-    points = {line[names["sparsity"]]: {name: line[metric] for name, metric in names.items()} for line in lines}
+    points = {
+        line[names["sparsity"]]: {name: line.get(metric, nan) for name, metric in names.items()} for line in lines
+    }
     return [points[sparsity] for sparsity in sorted(points)]

@@ -19,7 +19,7 @@ from acn_scale.convert.network import Network
 from acn_scale.data.stream import Evaluation
 from acn_scale.distributed import local_device
 from acn_scale.errors import UserError
-from acn_scale.files import check_writable, new_folder, write_file, write_together
+from acn_scale.files import check_new, check_writable, new_folder, write_file, write_together
 from acn_scale.movement import Movement, movement_curve, movement_runs
 from acn_scale.pruning import prune_by_magnitude, sparsity
 from acn_scale.report import aligned
@@ -52,28 +52,29 @@ def prune_networks(
     """
     if numbers is not None and not numbers.parent.is_dir():
         raise UserError(f"--json {numbers}: {numbers.parent} is not a folder")
-    method = "movement" if isinstance(plan, Movement) else "magnitude"
-    with new_folder(export, "--export") if export else contextlib.nullcontext() as exports:
-        whole = open_subjects(folders, data)
-        sizes = [_size(subject.network) for subject in whole]
-        subjects = [replace(subject, network=_cut(subject.network, depth, tolerance)) for subject in whole]
-        out = out or subjects[0].folder / "report"
-        check_writable(out)
-        if isinstance(plan, Movement):
-            runs = movement_runs(subjects, plan, out / "movement")
-            results = [(movement_curve(run), read_model(run)) for run in runs]
-        else:
-            results = [_by_magnitude(subject, plan) for subject in subjects]
-        found = [
-            _numbers(subject, size, points) for subject, size, (points, _) in zip(subjects, sizes, results, strict=True)
-        ]
-        if exports:
+    if export is not None:
+        check_new(export, "--export")
+    whole = open_subjects(folders, data)
+    sizes = [_size(subject.network) for subject in whole]
+    subjects = [replace(subject, network=_cut(subject.network, depth, tolerance)) for subject in whole]
+    out = out or subjects[0].folder / "report"
+    check_writable(out)
+    if isinstance(plan, Movement):
+        method = "movement"
+        results = [(movement_curve(run), read_model(run)) for run in movement_runs(subjects, plan, out / "movement")]
+    else:
+        method = "magnitude"
+        results = [_by_magnitude(subject, plan) for subject in subjects]
+    found = [_numbers(*each) for each in zip(subjects, sizes, (points for points, _ in results), strict=True)]
+    content = (json.dumps(finite({"method": method, "networks": found}), indent=1) + "\n").encode()
+    files = {f"{method}_pruning.json": content, f"{method}_pruning.png": _picture(method, found)}
+    with new_folder(export, "--export") if export else contextlib.nullcontext() as folder:
+        if folder:
             for subject, (_, net) in zip(subjects, results, strict=True):
-                _export(net, subject, exports / subject.slug)
-        content = (json.dumps(finite({"method": method, "networks": found}), indent=1) + "\n").encode()
+                _export(net, subject, folder / subject.slug)
         if numbers is not None:
             _copy(content, numbers)
-        write_together(out, {f"{method}_pruning.json": content, f"{method}_pruning.png": _picture(method, found)})
+        write_together(out, files)
     places = [f"Picture:  {out / f'{method}_pruning.png'}", f"Numbers:  {out / f'{method}_pruning.json'}"]
     places += [f"Networks: {export}"] if export else []
     return _table(found) + "\n\n" + "\n".join(places)

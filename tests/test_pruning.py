@@ -218,7 +218,7 @@ def test_by_movement(one_rank: Callable, twins: list[Path], tmp_path: Path) -> N
     files = [folder / "movement_pruning.json" for folder in (out, unbroken)]
     assert files[0].read_bytes() == files[1].read_bytes()
     for folder, net in zip(twins, read_json(files[0])["networks"], strict=True):
-        found = out / "movement" / folder.name / "depth_02_share_0.4"
+        found = out / "movement" / folder.name / "depth_02_share_0.4_times_2"
         lines = [line for line in read_metrics(found) if "prune/sparsity" in line]
         assert [line["step"] for line in lines] == [5, 10, 15]
         assert [line["prune/sparsity"] for line in lines] == pytest.approx([0, 0.4, 0.64], abs=1e-3)
@@ -262,6 +262,7 @@ def test_refusals(twins: list[Path], tmp_path: Path) -> None:
         (twins[0], [0.5], {"out": file / "out"}, "no folder that can be written to"),
         (twins[0], [0.5], {"numbers": file / "x.json"}, "is not a folder"),
         (twins[0], [0.5], {"export": twins[0]}, f"--export {twins[0]}: is there already"),
+        (twins[0], [0.5], {"export": file / "x"}, f"--export {file}/x: {file} is no folder that can be written to"),
         (export, [0.5], {}, "an export has no evaluation shards of its own"),
         (export, move(), {"data": f"{twins[0]}"}, "index.json: No such file"),
         (twins[0], move(share=0.0), {}, "--share 0.0: must be more than 0 and less than 1"),
