@@ -400,6 +400,16 @@ class DepthConfig(Section):
     )  # fmt: skip
 
 
+class PruneConfig(Section):
+    """Movement pruning: linear weights of the blocks are set to zero for good while the run goes on."""
+
+    share: float = Field(
+        0.0, ge=0, lt=1, description="of the blocks' linear weights that are left, those with the smallest |weight x "
+        "gradient|, which are pruned each time; 0 prunes none",
+    )  # fmt: skip
+    every: Duration = Field("1ep", description="between two prunings; none is made at the end")
+
+
 class ProfileConfig(Section):
     """A look at single steps."""
 
@@ -429,6 +439,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
     depth: DepthConfig = DepthConfig()
+    prune: PruneConfig = PruneConfig()
     profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
@@ -445,6 +456,14 @@ class Config(Section):
             raise ValueError(f"train.offload = {train.offload}: train.zero_stage must be {lowest} or more")
         if train.compile and stage == 3:
             raise ValueError("train.compile = true: train.zero_stage must be 0, 1 or 2")
+        return self
+
+    @model_validator(mode="after")
+    def _prune_fits_training(self) -> "Config":
+        for key, value in {"zero_stage": 0, "precision": "fp32", "ema_decay": 0.0}.items():
+            given = getattr(self.train, key)
+            if self.prune.share and given != value:
+                raise ValueError(f"train.{key} = {given}: prune.share = {self.prune.share} takes {value}")
         return self
 
     @model_validator(mode="after")

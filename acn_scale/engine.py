@@ -109,12 +109,14 @@ def train_step(
     stop: bool = False,
     measure_gradients: bool = False,
     phase: Callable[[str], None] = lambda name: None,
+    edit: Callable[[], None] = lambda: None,
 ) -> Step:
     """Take a global batch from the stream and make one update with learning rate `lr`.
 
     `batch_size`: samples of the global batch, where it is not the one of the step before.
     `judge` says what is wrong with the batch's loss, the same on every rank: the update is then dropped, as it is for
     a gradient that is not finite. `phase` is told where the step is. `stop`: whether this rank was asked to stop.
+    `edit` can change weights, gradients and moments right before an update; at stage 0 in fp32 it is called.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
@@ -146,7 +148,7 @@ def train_step(
     _backward(engine, loss if fault is None else loss * torch.nan)  # DeepSpeed drops what is not finite, on all ranks
     norms = gradient_norms(engine) if measure_gradients and fault is None else None
     phase("update")
-    applied = _update(engine)
+    applied = _update(engine, edit)
     if not applied and fault is None and not engine.fp16_enabled():
         fault = "a gradient is not finite"
     return Step(stops > 0, mean, own_loss, fault, applied, seconds, norms)
@@ -159,7 +161,7 @@ def _backward(engine: Any, loss: Tensor) -> None:
     engine.backward(loss)
 
 
-def _update(engine: Any) -> bool:
+def _update(engine: Any, edit: Callable[[], None]) -> bool:
     """Make the update and return whether it was made. DeepSpeed itself looks at the gradients from stage 1 on only."""
     whole = engine.zero_optimization_stage() == 0 and not (engine.fp16_enabled() or engine.bfloat16_enabled())
     if whole:
@@ -169,6 +171,7 @@ def _update(engine: Any) -> bool:
             engine.step()
             del engine.optimizer.step
             return False
+        edit()
     engine.step()
     return engine.was_step_applied()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from acn_scale import checkpoint, curriculum, distributed
+from acn_scale import checkpoint, curriculum, distributed, pruning
 from acn_scale.checkpoint import Checkpoints
 from acn_scale.cli import config_from_args, exit_on_user_error
 from acn_scale.config import Config
@@ -168,6 +168,7 @@ class Trainer:
             stop=self.signals.received is not None,
             measure_gradients=self.due(self.cfg.train.log_every, step),
             phase=partial(self.enter, step),
+            edit=partial(pruning.prune_by_movement, self.cfg.prune, self.horizon, self.engine, step - 1),
         )
         waited = self.stream.waited - waited
         if self.average and result.applied:
@@ -285,6 +286,8 @@ class Trainer:
         values |= {f"eval/depth_{depth:02d}/accuracy": value for depth, value in enumerate(accuracy)}
         values |= {f"depth/change/block_{depth:02d}": value for depth, value in enumerate(change) if depth}
         values |= {"depth/cutoff": cutoff(accuracy, tolerance), "depth/blocks": self.depth}
+        if self.cfg.prune.share:
+            values |= {f"prune/{name}": share for name, share in pruning.sparsity(self.engine.module).items()}
         self.metrics.write(step, values)
         self.metrics.draw(step, "depth/curve", depth_figure({f"step {step}": accuracy}, tolerance))
         curve = " ".join(f"{100 * value:.1f}" for value in accuracy)

@@ -14,12 +14,12 @@ ROWS = [
     {"config"},
     {"cli", "distributed"},
     {"log", "progress", "runs", "models", "data", "optim", "guard", "profiling"},
-    {"engine", "reshape", "depth", "watchdog", "curriculum", "gradients"},
+    {"engine", "reshape", "depth", "watchdog", "curriculum", "gradients", "pruning"},
     {"checkpoint", "ema", "memory", "dead_blocks", "early_exit"},
     {"convert", "batches", "results"},
     {"pretrain", "report"},
-    {"benchmark", "plan", "evaluation", "downstream"},
-    {"finetune", "studies"},
+    {"benchmark", "plan", "evaluation", "downstream", "movement"},
+    {"finetune", "studies", "sparsity"},
 ]
 ONLY_IN = {"deepspeed": {"engine", "ema"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 

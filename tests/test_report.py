@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import SMALL, small
 from test_pretrain import run, run_until
 
 from acn_scale.cli import load_config
-from acn_scale.config import Config
 from acn_scale.convert import convert, read_model
 from acn_scale.data import build_evaluation
 from acn_scale.data.make_text import make_text_shards, train_source_tokenizer
@@ -35,23 +35,6 @@ from acn_scale.runs import read_config, read_json, read_metrics
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-SMALL = ["model.depth=3", "model.dim=16", "model.num_heads=2", "model.patch_size=4", "data.streams=4"]
-SHORT = ["train.length=40step", "train.log_every=5step", "checkpoint.every=20step", "eval.every=20step"]
-
-
-def small(config: str, folder: Path, name: str, *overrides: str) -> Config:
-    where = [f"run.dir={folder}/runs", f"run.name={name}"]
-    return load_config(ROOT / "configs" / "quickstart" / config, [*where, *SMALL, *SHORT, *overrides])
-
-
-@pytest.fixture(scope="module")
-def twins(one_rank: Callable, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Run folders of an ACN and its residual twin, trained for a second each."""
-    folder = tmp_path_factory.mktemp("twins")
-    data = [f"data.train={digits}/train", f"data.eval={digits}/eval"]
-    for config in ("ac_vit.toml", "residual_vit.toml"):
-        one_rank(run, small(config, folder, Path(config).stem, *data))
-    return [folder / "runs" / name for name in ("ac_vit", "residual_vit")]
 
 
 @pytest.fixture(scope="module")

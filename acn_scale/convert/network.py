@@ -27,7 +27,7 @@ class Images(Section):
 
 
 class Card(Section):
-    """What is known of a network: config.json of an export, but for the checksum of its weights."""
+    """What is known of a network: config.json of an export, but for what is told of its file."""
 
     model: ModelConfig  # its depth is the one after the cut
     source: str  # folder or name that it was read from
@@ -77,6 +77,8 @@ class Network:
     def cut_within(self, tolerance: float) -> "Network":
         """Cut at the smallest depth, 1 or more, within `tolerance` points of full depth. Raises UserError where no
         accuracy by depth is known."""
+        if not 0 <= tolerance <= 100:
+            raise UserError(f"--tolerance {tolerance}: must be 0 to 100 points of accuracy")
         if self.card.accuracy is None:
             raise UserError(f"--tolerance {tolerance}: {self.card.source} has no accuracy by depth; give --depth")
         depth = max(1, cutoff(self.card.accuracy, tolerance))

@@ -1,6 +1,7 @@
 """What a report is about: a network, the shards to evaluate it on, and the run it comes from, if there is one."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,16 @@ class Subject:
     network: Network
     data: DataConfig
     evaluation: Evaluation
+
+    @property
+    def slug(self) -> str:
+        """The name as that of a folder."""
+        return re.sub(r"\W+", "_", self.name).strip("_") or "network"
+
+    @property
+    def metric(self) -> str:
+        """What "accuracy" is of it."""
+        return "accuracy on masked tokens" if isinstance(self.data, TextDataConfig) else "accuracy"
 
 
 def open_subjects(folders: Sequence[Path], data: str | None) -> list[Subject]:
