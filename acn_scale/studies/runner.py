@@ -24,6 +24,7 @@ from acn_scale.errors import UserError
 from acn_scale.files import write_together
 from acn_scale.report import aligned
 from acn_scale.runs import check_run_folder, read_json, run_folder
+from acn_scale.stopping import end_with_parent
 from acn_scale.studies.study import Findings, Runs, Setting, Study, Trial
 
 SMALL = 16  # pixels: laptop scale
@@ -108,6 +109,7 @@ def _run(name: str, configs: Sequence[Config], workers: int) -> dict[str, str]:
 
 def _quiet() -> None:
     """The study has one bar of its own; each run's log is in its folder."""
+    end_with_parent()
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
