@@ -5,8 +5,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch import nn
 from tqdm import tqdm
 
 from acn_scale.convert.network import Network
-from acn_scale.data.samples import Batch
 from acn_scale.data.stream import Evaluation
 from acn_scale.depth import batch_of, cost, scored
 
@@ -101,7 +101,7 @@ def _times(
     with next(net.model.parameters()).device:
         batch = batch_of(net.card.model, size, mask_ratio)
     del batch["labels"]
-    columns = _in_turns(cuts, batch, f"{name}: timing batch {size}")
+    columns = in_turns([partial(cut, **batch) for cut in cuts], f"{name}: timing batch {size}")
     full = statistics.median(columns[-1])
     rows = []
     for seconds in columns:
@@ -120,24 +120,24 @@ def cut_copy(model: nn.Module, depth: int) -> nn.Module:
 
 
 @torch.no_grad()
-def _in_turns(models: Sequence[nn.Module], batch: Batch, description: str) -> list[list[float]]:
-    """The seconds of each model's forward passes."""
+def in_turns(works: Sequence[Callable[[], Any]], description: str) -> list[list[float]]:
+    """The seconds that each of these takes, in rounds in which all have a turn, with a progress bar."""
 
-    def seconds(model: nn.Module) -> float:
+    def seconds(work: Callable[[], Any]) -> float:
         start = time.perf_counter()
-        model(**batch)
-        if next(model.parameters()).is_cuda:
+        work()
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for model in [*models] * WARM_UP:
-        seconds(model)
+    for work in [*works] * WARM_UP:
+        seconds(work)
     rounds = []
     start = time.perf_counter()
     for number in _bar(range(ROUNDS[1]), description, total=ROUNDS[1], unit="round"):
         if number >= ROUNDS[0] and time.perf_counter() - start > SECONDS:
             break
-        rounds.append([seconds(model) for model in models])
+        rounds.append([seconds(work) for work in works])
     return [list(column) for column in zip(*rounds, strict=True)]
 
 
