@@ -63,7 +63,7 @@ def test_a_damaged_one_is_skipped(two_ranks: Callable, vit: Callable[..., Config
     assert len(damage(newest)) == 1
     two_ranks(run, broken)
     log = (run_folder(broken) / "train.log").read_text()
-    assert log.count(f"damaged, the one before it is used: {newest}") == 1
+    assert log.count(f"{newest.name} is damaged and passed over: {newest}/") == 1
     assert "resumed at step 5 from" in log
     assert measured(broken) == measured(whole)
 

@@ -23,6 +23,7 @@ from acn_scale import pretrain, reshape
 from acn_scale.checkpoint import complete
 from acn_scale.config import BertConfig, Config, ModelConfig
 from acn_scale.convert import convert, read_model
+from acn_scale.convert.network import Masks
 from acn_scale.convert.start import start_from
 from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import UserError
@@ -88,7 +89,8 @@ def text_run(tmp_path: Path) -> Callable[..., Config]:
         return Config(
             run={"name": "text", "dir": str(tmp_path / "runs")},
             model=model.model_dump(),
-            data={"kind": "text", "train": str(tmp_path / "train"), "eval": str(tmp_path / "eval"), "streams": 2},
+            data={"kind": "text", "train": str(tmp_path / "train"), "eval": str(tmp_path / "eval"), "streams": 2}
+            | {"mask_ratio": 0.3},
             optim={"lr": 1e-3},
             train={"length": "2step", "global_batch_size": 8, "ema_decay": 0.5} | train,
         )
@@ -105,6 +107,7 @@ def test_tied_weights_are_stored_once(two_ranks: Callable, text_run: Callable[..
     assert "head.decoder.weight" not in load_file(out / "model.safetensors")
     net = read_model(out)
     assert net.model.head.decoder.weight is net.model.embed.token.weight
+    assert net.card.masks == Masks(mask_ratio=0.3, whole_words=False)
     assert net.tokenizer == (Path(cfg.data.train) / TOKENIZER_NAME).read_bytes()
 
 
@@ -175,7 +178,7 @@ def test_refused_exports(exported: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_refused_checkpoints(
-    one_rank: Callable, two_ranks: Callable, vit: Callable[..., Config], tmp_path: Path
+    two_ranks: Callable, vit: Callable[..., Config], exported: Callable[..., Path], tmp_path: Path
 ) -> None:
     cfg = vit(train={"zero_stage": 2, "length": "2step"})
     two_ranks(run, cfg)
@@ -194,12 +197,22 @@ def test_refused_checkpoints(
     assert f"{part}: No such file" in complaint(checkpoint, out)
     command = [sys.executable, str(CONVERT), str(folder), "--to", "safetensors", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count("\n"), out.exists()) == (2, 1, False)
-    assert done.stderr.startswith(f"error: {part}")
+    warning, error = done.stderr.splitlines()
+    assert (done.returncode, out.exists()) == (2, False)
+    assert warning.startswith(f"{checkpoint.name} is damaged and passed over: {part}: ")
+    assert error.startswith(f"error: {part}: ")
     part.write_bytes(whole)
+    shutil.copytree(checkpoint, checkpoint.with_name("step_00000003"))
+    flip(checkpoint.with_name("step_00000003") / part.name)
     done = subprocess.run([*command, "--tolerance", "100"], capture_output=True, text=True)
+    assert "step_00000003 is damaged and passed over: " in done.stderr
     assert done.stdout.startswith(f"{out}: vit, acn, 1 of 3 blocks, ")
-    assert read_model(out).card.run == "tiny"
+    card = read_model(out).card
+    assert (card.run, card.step, card.source) == ("tiny", 2, "tiny")
+    assert card.data == f"{Path(cfg.data.train).parent.name}/train"
+    theirs = exported(network(bert()), "hf")
+    convert(f"hf:{theirs}", "safetensors", tmp_path / "again")
+    assert read_model(tmp_path / "again").card.source == f"hf:{theirs.name}"
 
 
 def test_start_from(exported: Callable[..., Path]) -> None:

@@ -347,7 +347,7 @@ def test_one_line_and_code_2(tmp_path: Path) -> None:
 
 
 def test_masked_language_model(one_rank: Callable, tmp_path: Path) -> None:
-    """Accuracy on masked tokens, the loss beside the unigram loss; an export is masked as usual, on its own pieces."""
+    """Accuracy on masked tokens, the loss beside the unigram loss; an export is masked as its run was."""
     pydoc, folder = TextSources(["pydoc"]), tmp_path / "pydoc"
     train_source_tokenizer(pydoc, 512, folder, eval_share=0.1, character_coverage=1.0)
     make_text_shards(pydoc, folder, folder, tokens=32, shard_size=1000)
@@ -372,7 +372,8 @@ def test_masked_language_model(one_rank: Callable, tmp_path: Path) -> None:
     convert(str(tmp_path / "bert"), "safetensors", tmp_path / "export")
     depth_report([tmp_path / "export"], data=str(folder / "eval"))
     (exported,) = read_json(tmp_path / "export" / "report" / "depth.json")["networks"]
-    assert (exported["mask_ratio"], exported["unigram_loss"]) == (0.15, guess)
+    assert (exported["mask_ratio"], exported["unigram_loss"]) == (0.3, guess)
+    assert exported["accuracy"] == net["accuracy"]
     tokenizer = folder / "eval" / "tokenizer.model"
     tokenizer.write_bytes(tokenizer.read_bytes() + b"\n")
     with pytest.raises(UserError, match="not the tokenizer that the network was trained with"):

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -26,11 +27,18 @@ class Images(Section):
     resize: int | None  # of the shorter side, bicubic, before the centre crop; None: images come in the model's size
 
 
+class Masks(Section):
+    """How tokens are chosen that a masked language model is to predict."""
+
+    mask_ratio: float
+    whole_words: bool
+
+
 class Card(Section):
     """What is known of a network: config.json of an export, but for what is told of its file."""
 
     model: ModelConfig  # its depth is the one after the cut
-    source: str  # folder or name that it was read from
+    source: str  # the folder or name that it was read from
     full_depth: Annotated[int, Field(ge=1)]  # before the cut
     run: str | None = None
     step: int | None = None
@@ -39,6 +47,16 @@ class Card(Section):
     accuracy: list[float] | None = None  # 0..1 at depth 0 ... full_depth, by the run's last evaluation
     evaluated_at: int | None = None  # the step of that evaluation
     images: Images | None = None  # None: for text, or not known
+    masks: Masks | None = None  # None: not a masked language model, or not known
+
+    def portable(self) -> "Card":
+        """For others: without the absolute paths of this machine."""
+        kind, colon, rest = self.source.rpartition(":")
+        data = Path(self.data or "")
+        update = {
+            "source": self.run or (f"{kind}{colon}{Path(rest).name}" if Path(rest).is_absolute() else self.source)
+        }
+        return self.model_copy(update=update | ({"data": str(Path(*data.parts[-2:]))} if data.is_absolute() else {}))
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from acn_scale.checkpoint import STATE_NAME, complete, damage, read_state
+from acn_scale.checkpoint import STATE_NAME, complete, damage, newest, read_state
 from acn_scale.config import Config, ImageDataConfig, SentenceDataConfig
 from acn_scale.convert.export import is_export, read_export, read_safetensors
 from acn_scale.convert.hugging_face import read_hugging_face, read_parts
-from acn_scale.convert.network import Card, Images, Network, network
+from acn_scale.convert.network import Card, Images, Masks, Network, network
 from acn_scale.convert.timm_models import read_timm
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.storage import read_file
@@ -25,7 +25,7 @@ FOREIGN = {"hf": lambda rest: read_hugging_face(Path(rest)), "timm": read_timm}
 
 
 def read_model(source: Path | str, *, average: bool = False) -> Network:
-    """Of a run folder (its newest complete checkpoint), a checkpoint, an export, hf:FOLDER or timm:NAME_OR_FILE.
+    """Of a run folder (its newest undamaged checkpoint), a checkpoint, an export, hf:FOLDER or timm:NAME_OR_FILE.
 
     `average` takes the moving average of a checkpoint's weights. Raises UserError for anything else, and for files
     that are missing or damaged.
@@ -37,12 +37,11 @@ def read_model(source: Path | str, *, average: bool = False) -> Network:
         return FOREIGN[kind](rest)
     folder = Path(source)
     if (folder / STATE_NAME).exists():
-        return _read_checkpoint(folder, average)
+        return _read_checkpoint(_whole(folder), average)
     if not average and is_export(folder):
         return read_export(folder)
-    checkpoints = complete(folder)
-    if checkpoints:
-        return _read_checkpoint(checkpoints[-1], average)
+    if checkpoints := complete(folder):
+        return _read_checkpoint(newest(folder) or _whole(checkpoints[-1]), average)
     raise UserError(f"{source}: holds no complete checkpoint and no export{' with an average' * average}")
 
 
@@ -52,9 +51,14 @@ def read_weights(source: str) -> dict[str, Tensor]:
     return read_parts(Path(rest))[1] if kind == "hf" and rest else read_model(source).weights()
 
 
-def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
+def _whole(checkpoint: Path) -> Path:
+    """The same. Raises UserError where it is damaged."""
     if found := damage(checkpoint):
         raise UserError(found[0] + (f", and {len(found) - 1} more files are damaged" if len(found) > 1 else ""))
+    return checkpoint
+
+
+def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
     run = checkpoint.absolute().parents[1]
     cfg = read_config(run)
     accuracy, evaluated_at = None, None
@@ -70,6 +74,7 @@ def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
             "connections; take a checkpoint of a later step"
         )
     depth = state["layout"]["depth"]  # which a run may have cut
+    masked = cfg.model.name == "bert" and not cfg.model.num_classes
     card = Card(
         model=cfg.model.model_copy(update={"depth": depth}),
         source=str(checkpoint),
@@ -81,6 +86,7 @@ def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
         accuracy=accuracy,
         evaluated_at=evaluated_at,
         images=_images(cfg),
+        masks=Masks(mask_ratio=cfg.data.mask_ratio, whole_words=cfg.data.whole_words) if masked else None,
     )
     if average:
         return network(card, _averages(checkpoint), _tokenizer(cfg))

@@ -77,13 +77,13 @@ def _open(given: Path, data: str | None) -> Subject:
 
 
 def _data_of_export(folder: Path, card: Card, data: str | None) -> DataConfig:
-    """Images prepared as the export says; text masked as is usual, since an export does not say how its run did."""
+    """Images prepared and text masked as the export says; masked as is usual where it does not."""
     if data is None:
         raise UserError(f"{folder}: an export has no evaluation shards of its own; name some with --data DIR")
     if card.model.name == "bert":
         if card.model.num_classes:
             return SentenceDataConfig(kind="sentences", train=data, eval=data, tokenizer=str(folder))
-        return TextDataConfig(kind="text", train=data, eval=data)
+        return TextDataConfig(kind="text", train=data, eval=data, **(card.masks.model_dump() if card.masks else {}))
     images = card.images
     if images is None:
         raise UserError(f"{folder}/config.json: images = null: must say how images are prepared")
