@@ -110,12 +110,14 @@ def train_step(
     stop: bool = False,
     measure_gradients: bool = False,
     phase: Callable[[str], None] = lambda name: None,
+    edit: Callable[[], None] = lambda: None,
 ) -> Step:
     """Take a global batch from the stream and make one update with learning rate `lr`.
 
     `batch_size`: samples of the global batch, where it is not the one of the step before.
     `judge` says what is wrong with the batch's loss, the same on every rank: the update is then dropped, as it is for
     a gradient that is not finite. `phase` is told where the step is. `stop`: whether this rank was asked to stop.
+    `edit` can change weights, gradients and moments right before an update; at stage 0 in fp32 it is called.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
@@ -134,7 +136,7 @@ def train_step(
         losses.append(loss.detach())
         if micro_step < micro_steps - 1:
             phase("backward")
-            engine.backward(loss)
+            _backward(engine, loss)
             engine.step()  # counts the micro batch
     start = time.perf_counter()
     own_loss = torch.stack(losses).double().mean().item()  # waits for a GPU's forward pass
@@ -144,16 +146,23 @@ def train_step(
     mean = total / distributed.world_size()
     fault = judge(mean)
     phase("backward")
-    engine.backward(loss if fault is None else loss * torch.nan)  # DeepSpeed drops what is not finite, on all ranks
+    _backward(engine, loss if fault is None else loss * torch.nan)  # DeepSpeed drops what is not finite, on all ranks
     norms = gradient_norms(engine) if measure_gradients and fault is None else None
     phase("update")
-    applied = _update(engine)
+    applied = _update(engine, edit)
     if not applied and fault is None and not engine.fp16_enabled():
         fault = "a gradient is not finite"
     return Step(stops > 0, mean, own_loss, fault, applied, seconds, norms)
 
 
-def _update(engine: Any) -> bool:
+def _backward(engine: Any, loss: Tensor) -> None:
+    """At stage 0 DeepSpeed divides fp16's gradients by a scale that it has not multiplied the loss by."""
+    if engine.fp16_enabled() and not engine.zero_optimization_stage():
+        loss = loss * engine.optimizer.loss_scale
+    engine.backward(loss)
+
+
+def _update(engine: Any, edit: Callable[[], None]) -> bool:
     """Make the update and return whether it was made. DeepSpeed itself looks at the gradients from stage 1 on only."""
     whole = engine.zero_optimization_stage() == 0 and not (engine.fp16_enabled() or engine.bfloat16_enabled())
     if whole:
@@ -163,6 +172,7 @@ def _update(engine: Any) -> bool:
             engine.step()
             del engine.optimizer.step
             return False
+        edit()
     engine.step()
     return engine.was_step_applied()
 
@@ -176,7 +186,7 @@ def gradient_norms(engine: Any) -> dict[str, float]:
     from deepspeed.utils import safe_get_full_grad
 
     squares: dict[str, float] = {}
-    scale = engine.loss_scale() if engine.fp16_enabled() else 1.0
+    scale = engine.optimizer.loss_scale if engine.fp16_enabled() else 1.0  # the engine knows the config alone
     for name, parameter in engine.module.named_parameters():
         gradient = safe_get_full_grad(parameter) if parameter.requires_grad else None
         if gradient is not None:

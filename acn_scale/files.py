@@ -50,14 +50,27 @@ def write_together(folder: Path, files: dict[str, bytes]) -> None:
                 path.unlink()
 
 
+def check_writable(out: Path, option: str = "--out") -> None:
+    """Before an evaluation of hours."""
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise UserError(f"{option} {out}: {place} is no folder that can be written to")
+
+
+def check_new(path: Path, option: str = "--out") -> None:
+    """Whether new_folder(path) has a place."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{option} {path}: is there already; name a folder that is new or empty")
+    check_writable(path, option)
+
+
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, option: str = "--out") -> Iterator[Path]:
     """A temporary folder that gets its name when the block ends, and is removed when it fails.
 
     Raises UserError where there is something under that name, or the folder cannot be written.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"--out {path}: is there already; name a folder that is new or empty")
+    check_new(path, option)
     temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -65,6 +78,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.rename(path)
     except OSError as error:
-        raise UserError(f"--out {path}: {error.strerror or error}") from None
+        raise UserError(f"{option} {path}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

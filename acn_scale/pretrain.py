@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from acn_scale import checkpoint, curriculum, distributed
+from acn_scale import checkpoint, curriculum, distributed, pruning
 from acn_scale.checkpoint import Checkpoints
 from acn_scale.cli import config_from_args, exit_on_user_error
 from acn_scale.config import Config
-from acn_scale.convert.start import restore_frozen, start_from
+from acn_scale.convert.start import start_from
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.stream import Evaluation, Stream
 from acn_scale.dead_blocks import DeadBlocks
@@ -93,20 +93,17 @@ class Trainer:
         self.peak_rate = peak_rate(device, cfg.train.precision)
         self.window = Window(tokens_per_sample(cfg.model), device)
 
-    def build(self, depth: int, path: Path | None) -> None:
-        """The network, of so many blocks, in an engine, to go on from a checkpoint, or with the weights that the run
-        starts from."""
+    def build(self, depth: int, *, fresh: bool) -> None:
+        """The network, of so many blocks, in an engine; `fresh`: with the weights that the run starts from."""
         cfg = self.cfg.model_copy(update={"model": self.cfg.model.model_copy(update={"depth": depth})})
         torch.manual_seed(cfg.run.seed)  # the same initial weights on every rank
         model = build_model(cfg.model)
         if cfg.train.freeze:
             freeze(model)
         log.info("%s", describe(cfg, model, self.horizon, distributed.world_size()))
-        with distributed.together():
-            if path is None and cfg.train.init_from:
-                start_from(model, cfg.model, cfg.train.init_from)
-            elif path is not None:
-                restore_frozen(model, path)
+        if fresh and cfg.train.init_from:
+            with distributed.together():
+                start_from(model, cfg.train.init_from)
         self.engine = build_engine(model, cfg, self.device, distributed.world_size())
         self.average = WeightAverage(self.engine, cfg.train.ema_decay) if cfg.train.ema_decay else None
         mask_ratio, frozen = cfg.data.mask_ratio, cfg.train.freeze
@@ -158,12 +155,12 @@ class Trainer:
     def take(self, step: int) -> Step:
         """One optimizer step, judged by all ranks alike."""
         torch.manual_seed(dropout_seed(self.cfg.run.seed, step - 1, self.rank))
+        curriculum.apply(self.cfg, self.engine.module, step - 1, self.horizon)
         self.watchdog.beat(step, "data")
         if step in self.guard.passed_over:
             self.stream.pass_over()
             self.window.passed_over()
             return Step(stop=distributed.sum_on_cpu([self.signals.received is not None])[0] > 0)
-        curriculum.apply(self.cfg.early_exit, self.engine.module, step - 1, self.horizon.steps)
         waited, samples = self.stream.waited, self.stream.plan.size(step - 1)
         result = train_step(
             self.engine,
@@ -174,6 +171,7 @@ class Trainer:
             stop=self.signals.received is not None,
             measure_gradients=self.due(self.cfg.train.log_every, step),
             phase=partial(self.enter, step),
+            edit=partial(pruning.prune_by_movement, self.cfg.prune, self.horizon, self.engine, step - 1),
         )
         waited = self.stream.waited - waited
         if self.average and result.applied:
@@ -229,7 +227,7 @@ class Trainer:
         self.watchdog.beat(0, "reshape")  # which may take as long as it needs
         depth = checkpoint.read_state(path)["depth"] if path else self.cfg.model.depth
         if depth != self.depth:
-            self.build(depth, path)
+            self.build(depth, fresh=path is None)
         if path is None:
             return 0
         state = checkpoint.load(self.engine, self.stream, path)
@@ -247,6 +245,7 @@ class Trainer:
         self.metrics.flush()
         state = {"guard": self.guard.state_dict(), "window": self.window.state_dict(), "depth": depth}
         state |= {"dead_blocks": self.dead_blocks.state_dict()}
+        state |= {"short": curriculum.short_share(self.horizon.count(self.cfg.train.anneal), step - 1)}
         parts = self.average.parts() if self.average else None
         self.stall = self.checkpoints.save(self.engine, self.stream, step, state, parts)
 
@@ -290,12 +289,15 @@ class Trainer:
         values |= {f"eval/depth_{depth:02d}/accuracy": value for depth, value in enumerate(accuracy)}
         values |= {f"depth/change/block_{depth:02d}": value for depth, value in enumerate(change) if depth}
         values |= {"depth/cutoff": cutoff(accuracy, tolerance), "depth/blocks": self.depth}
+        if self.cfg.prune.share:
+            values |= {f"prune/{name}": share for name, share in pruning.sparsity(self.engine.module).items()}
         self.metrics.write(step, values)
         self.metrics.draw(step, "depth/curve", depth_figure({f"step {step}": accuracy}, tolerance))
         curve = " ".join(f"{100 * value:.1f}" for value in accuracy)
         loss, cut = values["eval/loss"], values["depth/cutoff"]
         log.info("step %d: loss %.4f, accuracy by depth %s, cut-off %d", step, loss, curve, cut)
-        return self.dead_blocks.depth_to_keep(accuracy, change) if cuts else self.depth
+        goes_on = step < self.horizon.steps
+        return self.dead_blocks.depth_to_keep(accuracy, change) if cuts and goes_on else self.depth
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

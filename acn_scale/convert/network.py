@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -9,10 +10,10 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from acn_scale.config import ImageDataConfig, ModelConfig, Resize, Section
-from acn_scale.convert.zero import Pieces
 from acn_scale.depth import cutoff
 from acn_scale.errors import UserError
 from acn_scale.models import build_model
+from acn_scale.zero import Pieces
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,11 +37,18 @@ class Images(Section):
         return ImageDataConfig(kind="images", train=shards, eval=shards, **keys)
 
 
+class Masks(Section):
+    """How tokens are chosen that a masked language model is to predict."""
+
+    mask_ratio: float
+    whole_words: bool
+
+
 class Card(Section):
-    """What is known of a network: config.json of an export, but for the checksum of its weights."""
+    """What is known of a network: config.json of an export, but for what is told of its file."""
 
     model: ModelConfig  # its depth is the one after the cut
-    source: str  # folder or name that it was read from
+    source: str  # the folder or name that it was read from
     full_depth: Annotated[int, Field(ge=1)]  # before the cut
     run: str | None = None
     step: int | None = None
@@ -49,6 +57,16 @@ class Card(Section):
     accuracy: list[float] | None = None  # 0..1 at depth 0 ... full_depth, by the run's last evaluation
     evaluated_at: int | None = None  # the step of that evaluation
     images: Images | None = None  # None: for text, or not known
+    masks: Masks | None = None  # None: not a masked language model, or not known
+
+    def portable(self) -> "Card":
+        """For others: without the absolute paths of this machine."""
+        kind, colon, rest = self.source.rpartition(":")
+        data = Path(self.data or "")
+        update = {
+            "source": self.run or (f"{kind}{colon}{Path(rest).name}" if Path(rest).is_absolute() else self.source)
+        }
+        return self.model_copy(update=update | ({"data": str(Path(*data.parts[-2:]))} if data.is_absolute() else {}))
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,8 @@ class Network:
     def cut_within(self, tolerance: float) -> "Network":
         """Cut at the smallest depth, 1 or more, within `tolerance` points of full depth. Raises UserError where no
         accuracy by depth is known."""
+        if not 0 <= tolerance <= 100:
+            raise UserError(f"--tolerance {tolerance}: must be 0 to 100 points of accuracy")
         if self.card.accuracy is None:
             raise UserError(f"--tolerance {tolerance}: {self.card.source} has no accuracy by depth; give --depth")
         depth = max(1, cutoff(self.card.accuracy, tolerance))
@@ -99,7 +119,7 @@ def shapes_of(model: ModelConfig) -> dict[str, torch.Size]:
         return {name: weight.shape for name, weight in build_model(model).named_parameters()}
 
 
-def network(card: Card, weights: Pieces, tokenizer: bytes | None = None) -> Network:
+def network(card: Card, weights: dict[str, Pieces], tokenizer: bytes | None = None) -> Network:
     """Build the model of a card with these weights, by name and piece by piece.
 
     Raises UserError where names or sizes are not the model's.
@@ -112,13 +132,11 @@ def network(card: Card, weights: Pieces, tokenizer: bytes | None = None) -> Netw
         place = f"lacks {name}" if name in named else f"has {name}, which this model has not"
         raise UserError(f"{card.source}: {place}; are these the weights of another model?")
     for name, parameter in named.items():
-        fill(parameter, weights[name], f"{card.source}: {name}")
+        _fill(parameter, weights[name], f"{card.source}: {name}")
     return Network(model, card, tokenizer)
 
 
-def fill(parameter: Tensor, pieces: list[Tensor], what: str) -> None:
-    """Put the pieces of a weight together in a parameter. Raises UserError, which names it as `what`, where they do not
-    fit."""
+def _fill(parameter: Tensor, pieces: Pieces, what: str) -> None:
     size, first = sum(piece.numel() for piece in pieces), pieces[0]
     whole = len(pieces) == 1
     if size < parameter.numel() or (whole and first.shape not in (parameter.shape, (parameter.numel(),))):

@@ -6,6 +6,7 @@ from typing import Any
 
 from acn_scale.checkpoint import STATE_NAME
 from acn_scale.config import ModelConfig, RemoteConfig, SentenceDataConfig
+from acn_scale.convert.hugging_face import read_parts
 from acn_scale.convert.network import Images
 from acn_scale.convert.sources import read_model
 from acn_scale.data.encoders import TOKENIZER_FILES
@@ -41,6 +42,9 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache  # a grid of runs asks again and again
 def _known_of(source: str) -> tuple[ModelConfig, bytes | None, Images | None]:
+    if source.startswith("hf:"):  # which may have no head
+        card = read_parts(Path(source.removeprefix("hf:")))[0]
+        return card.model, None, card.images
     net = read_model(source)
     return net.card.model, net.tokenizer, net.card.images
 

@@ -1,5 +1,6 @@
 """What a report is about: a network, the shards to evaluate it on, and the run it comes from, if there is one."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,16 @@ class Subject:
     network: Network
     data: DataConfig
     evaluation: Evaluation
+
+    @property
+    def slug(self) -> str:
+        """The name as that of a folder."""
+        return re.sub(r"\W+", "_", self.name).strip("_") or "network"
+
+    @property
+    def metric(self) -> str:
+        """What "accuracy" is of it."""
+        return "accuracy on masked tokens" if isinstance(self.data, TextDataConfig) else "accuracy"
 
 
 def open_subjects(folders: Sequence[Path], data: str | None) -> list[Subject]:
@@ -65,13 +76,13 @@ def _open(given: Path, data: str | None) -> Subject:
 
 
 def _data_of_export(folder: Path, card: Card, data: str | None) -> DataConfig:
-    """Images prepared as the export says; text masked as is usual, since an export does not say how its run did."""
+    """Images prepared and text masked as the export says; masked as is usual where it does not."""
     if data is None:
         raise UserError(f"{folder}: an export has no evaluation shards of its own; name some with --data DIR")
     if card.model.name == "bert":
         if card.model.num_classes:
             return SentenceDataConfig(kind="sentences", train=data, eval=data, tokenizer=str(folder))
-        return TextDataConfig(kind="text", train=data, eval=data)
+        return TextDataConfig(kind="text", train=data, eval=data, **(card.masks.model_dump() if card.masks else {}))
     if card.images is None:
         raise UserError(f"{folder}/config.json: images = null: must say how images are prepared")
     return card.images.data(data)
