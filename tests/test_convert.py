@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -192,12 +191,12 @@ def test_refused_checkpoints(
     assert "its sha256 is not the one in state.json" in complaint(folder, out)
     part.unlink()
     assert f"{part}: No such file" in complaint(checkpoint, out)
-    command = [sys.executable, str(CONVERT), str(folder), "--to", "safetensors", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [CONVERT, folder, "--to", "safetensors", "--out", out]
+    done = forked.command(*command)
     assert (done.returncode, done.stderr.count("\n"), out.exists()) == (2, 1, False)
     assert done.stderr.startswith(f"error: {part}")
     part.write_bytes(whole)
-    done = subprocess.run([*command, "--tolerance", "100"], capture_output=True, text=True)
+    done = forked.command(*command, "--tolerance", 100)
     assert done.stdout.startswith(f"{out}: vit, acn, 1 of 3 blocks, ")
     assert read_model(out).card.run == "tiny"
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 from test_pretrain import command_line, measured
 
@@ -26,10 +27,8 @@ import submission  # noqa: E402
 import sweep  # noqa: E402
 
 
-def launch(launcher: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "launchers" / launcher, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, **options)
+def launch(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return forked.command(ROOT / "launchers" / launcher, *arguments)
 
 
 @pytest.fixture
