@@ -9,9 +9,10 @@ import sentencepiece
 from matplotlib.figure import Figure
 
 from acn_scale.cli import load_config
-from acn_scale.config import TextDataConfig
+from acn_scale.config import ImageDataConfig, TextDataConfig
 from acn_scale.data import build_stream
 from acn_scale.data.samples import Batch, Samples
+from acn_scale.data.sentences import SentenceDecoder
 from acn_scale.data.text import shards_tokenizer
 from acn_scale.errors import UserError
 from acn_scale.runs import read_config
@@ -34,11 +35,14 @@ def inspect_batch(
     loaded = [_load(samples, position) for position in range(first, first + most)]
     keys = [key for key, _, _ in loaded]
     batch = samples.decoder.collate([sample for _, sample, _ in loaded], keys)
-    text = isinstance(cfg.data, TextDataConfig)
+    text = not isinstance(cfg.data, ImageDataConfig)
     folder = source / "report" if source.is_dir() else Path()
     out = out or folder / f"batch_{step:08d}.{'txt' if text else 'png'}"
     if text:
-        lines = marked(batch, shards_tokenizer(samples.index, cfg.data))
+        masked = isinstance(cfg.data, TextDataConfig)
+        lines = (
+            marked(batch, shards_tokenizer(samples.index, cfg.data)) if masked else sequences(batch, samples.decoder)
+        )
         picture = "\n\n".join(f"sample {key.sample}: {line}" for key, line in zip(keys, lines, strict=True)) + "\n"
     else:
         picture = contact_sheet(batch, [key.sample for key in keys], samples)
@@ -67,7 +71,7 @@ def _table(samples: Samples, loaded: list[tuple[Any, Any, list[Any]]], batch: Ba
     for number, (key, _, faults) in enumerate(loaded):
         shard, place = samples.place(key.sample)
         name = samples.reader.key(shard, place // samples.rows)
-        label = labels[number] if labels else ""
+        label = f"{labels[number]:g}" if labels else ""
         note = f"stands in for {faults[0]}" if faults else ""
         values = number, key.epoch, key.sample, samples.index.shards[shard].name, place, name, label, note
         rows.append([str(value) for value in values])
@@ -107,3 +111,9 @@ def marked(batch: Batch, tokenizer: sentencepiece.SentencePieceProcessor) -> lis
             pieces[place] = f"\u2581[{tokenizer.IdToPiece(label)} -> {pieces[place]}]".replace("[\u2581", "[")
         texts.append("".join(pieces).replace("\u2581", " ").strip())
     return texts
+
+
+def sequences(batch: Batch, decoder: SentenceDecoder) -> list[str]:
+    """Each sequence as its pieces, without padding."""
+    rows = zip(batch["tokens"].tolist(), batch["mask"].sum(dim=1).tolist(), strict=True)
+    return [" ".join(decoder.encoder.pieces(tokens[:length])) for tokens, length in rows]

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,7 @@ class Checkpoints:
         if distributed.union(mistakes):
             return time.perf_counter() - start
         parts = _parts(engine, temporary) | (parts or {})
-        state = {
-            "step": step,
-            "stream": stream.state_dict(),
-            "layout": reshape.layout(engine),
-            "parameters": reshape.names_in_order(engine),
-        } | state
+        state = {"step": step, "stream": stream.state_dict()} | reshape.notes(engine) | state
         self._writer = _Writer(self, path, temporary, parts, state)
         self._writer.start()
         return time.perf_counter() - start
@@ -93,14 +89,8 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The newest complete and undamaged checkpoint. Each rank looks at a part of the files of a candidate."""
         self.finish()
-        for path in reversed(complete(self.folder.parent)):
-            damages = distributed.union(damage(path, distributed.rank(), distributed.world_size()))
-            if not damages:
-                return path
-            if distributed.rank() == 0:
-                log.warning("damaged, the one before it is used: %s%s", damages[0],
-                            f" and {len(damages) - 1} more files" if len(damages) > 1 else "")  # fmt: skip
-        return None
+        ranks = distributed.rank(), distributed.world_size()
+        return newest(self.folder.parent, lambda path: distributed.union(damage(path, *ranks)))
 
     def prune(self) -> None:
         """Drop all but the newest `keep` and those at multiples of `keep_every`."""
@@ -244,6 +234,17 @@ def damage(path: Path, part: int = 0, parts: int = 1) -> list[str]:
         except OSError as error:
             found.append(f"{path / name}: {error.strerror}")
     return found
+
+
+def newest(folder: Path, damages: Callable[[Path], list[str]] = damage) -> Path | None:
+    """The newest complete checkpoint of a run that is not damaged; a warning tells of those that are passed over."""
+    for path in reversed(complete(folder)):
+        if not (found := damages(path)):
+            return path
+        if distributed.rank() == 0:
+            more = f" and {len(found) - 1} more files" if len(found) > 1 else ""
+            log.warning("%s is damaged and passed over: %s%s", path.name, found[0], more)
+    return None
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from acn_scale.config import Config, Section
+from acn_scale.durations import Length
 from acn_scale.errors import RunFailed, SharedError, UserError
 
 USAGE = "usage: {program} --config FILE.toml [key.sub=value ...]"
@@ -86,6 +87,14 @@ def share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text}: must be from 0 to 1")
     return value
+
+
+def length(text: str) -> str:
+    """Epochs or steps, for argparse."""
+    try:
+        return TypeAdapter(Length).validate_python(text)
+    except ValidationError:
+        raise argparse.ArgumentTypeError(f"{text}: must be like 2ep (epochs) or 500step") from None
 
 
 def config_from_args(

@@ -1,5 +1,6 @@
 """One frozen, strict model of a run. Every key, its meaning and its default stand here and nowhere else."""
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, model_validator
@@ -7,8 +8,16 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat,
 from acn_scale.durations import Duration, Length
 from acn_scale.errors import UserError
 
-Pattern = Literal["feedforward", "residual", "acn", "acn_detached", "highway", "dense", "denseformer"]
-Init = Literal["xavier", "normal", "torch"]
+Pattern = Literal[
+    "feedforward", "residual", "acn", "acn_detached", "acn_scaled", "h_acn", "highway", "layer_scale", "rezero",
+    "layernorm_scaling", "value_residual", "dense", "denseformer", "hyper",
+]  # fmt: skip
+Init = Literal["xavier", "normal", "torch", "identity"]
+
+# Variants of the residual network, which has a skip round each sublayer: by themselves they go through the blocks.
+OF_SUBLAYERS = ("h_acn", "layer_scale", "rezero", "layernorm_scaling", "value_residual", "hyper")
+# Patterns that a LayerNorm can follow (post-LN): they carry x and no sum beside it, and need no LayerNorm before.
+POST_NORM = ("feedforward", "residual", "highway", "layer_scale", "rezero", "value_residual")
 
 # Dosovitskiy et al. 2021, table 1; Ti and S from Touvron et al. 2021, table 1.
 VIT_SIZES = {
@@ -37,16 +46,49 @@ class TrunkConfig(Section):
     """What all models share: the blocks and how they are joined."""
 
     connectivity: Pattern = Field(description="how the blocks are joined")
-    inner: Literal["auto"] | Pattern = Field(
+    inner: Literal["auto", "through"] | Pattern = Field(
         "auto",
-        description="how a block's sublayers are joined; auto takes the field's usual partner: feedforward for acn, "
-        "a skip round each sublayer for residual and denseformer",
+        description="how a block's sublayers are joined; through: by the pattern between blocks, which goes on through "
+        "them; auto takes the field's usual partner: feedforward for acn, a skip round each sublayer for residual and "
+        "its variants",
     )
     depth: int = Field(ge=1, description="number of blocks")
     dim: int = Field(ge=1, description="width of the tokens")
     dropout: float = Field(0.0, ge=0, lt=1, description="after embeddings and sublayers, and on attention weights")
-    init: Init = Field("xavier", description="scheme of the initial weights")
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="stochastic depth: probability that a sample passes a sublayer of the last block "
+        "by, in training; it grows with depth in a line from 0",
+    )  # fmt: skip
+    init: Init = Field("xavier", description="scheme of the initial weights; identity: of blocks without skips")
     recompute: bool = Field(False, description="recompute each block's activations in the backward pass to save memory")
+
+    @property
+    def through(self) -> bool:
+        """Whether the pattern between blocks goes on through them and joins their sublayers."""
+        return self.inner == "through" or (self.inner == "auto" and self.connectivity in OF_SUBLAYERS)
+
+    @property
+    def round_sublayers(self) -> str:
+        """The pattern that joins sublayers."""
+        if self.inner not in ("auto", "through"):
+            return self.inner
+        usual = {"residual": "residual", "denseformer": "residual"}
+        return self.connectivity if self.through else usual.get(self.connectivity, "feedforward")
+
+    @model_validator(mode="after")
+    def _joins_fit(self) -> "TrunkConfig":
+        for name in ("value_residual", "h_acn"):  # which tell a block's two sublayers apart
+            if self.inner == name or (self.connectivity == name and not self.through):
+                raise ValueError(
+                    f"connectivity = {self.connectivity}, inner = {self.inner}: {name} is a connectivity with inner = "
+                    "through"
+                )
+        if self.drop_path and self.round_sublayers not in ("residual", *OF_SUBLAYERS):
+            raise ValueError(
+                f"drop_path = {self.drop_path}: with connectivity = {self.connectivity}, inner = {self.inner} nothing "
+                "is carried past a sublayer that is left out"
+            )
+        return self
 
 
 class ImageModelConfig(TrunkConfig):
@@ -102,6 +144,14 @@ class MixerConfig(ImageModelConfig):
         False, description="wrap each block as LN(ReLU(Linear(block(x)) + x)), as the ACN authors' Mixer code does"
     )
 
+    @model_validator(mode="after")
+    def _sublayers_fit(self) -> "MixerConfig":
+        if self.connectivity == "value_residual":
+            raise ValueError("connectivity = value_residual: takes attention, which a Mixer has not")
+        if self.wrapper and self.through:
+            raise ValueError(f"wrapper = true: connectivity = {self.connectivity} would go through the wrapped blocks")
+        return self
+
 
 class BertConfig(TrunkConfig):
     name: Literal["bert"] = Field(description="which model")
@@ -117,8 +167,11 @@ class BertConfig(TrunkConfig):
 
     @model_validator(mode="after")
     def _widths_fit(self) -> "BertConfig":
-        if self.norm == "post" and self.inner not in ("auto", "feedforward", "residual", "highway"):
-            raise ValueError(f"inner = {self.inner}: norm = 'post' takes feedforward, residual or highway")
+        if self.norm == "post" and (self.round_sublayers not in POST_NORM or self.connectivity == "layernorm_scaling"):
+            raise ValueError(
+                f"connectivity = {self.connectivity}, inner = {self.inner}: norm = 'post' takes {', '.join(POST_NORM)} "
+                "round its sublayers"
+            )
         return _check_widths(self)
 
 
@@ -166,6 +219,35 @@ class StreamConfig(Section):
     remote: RemoteConfig = RemoteConfig()
 
 
+class Resize(Section):
+    """How an image of any size becomes the model's input."""
+
+    size: int = Field(ge=1, description="in pixels: of the shorter side before the centre crop (fit = crop), of both "
+        "(squash), or of the longer (border)")  # fmt: skip
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = Field(
+        "bicubic", description="between pixels"
+    )
+    fit: Literal["crop", "squash", "border"] = Field(
+        "crop", description="keep the shape and crop the centre; do not keep it; or keep it and fill up with the mean"
+    )
+    like: Literal["torchvision", "timm", "transformers"] = Field(
+        "torchvision", description="whose resizing and cropping is followed digit by digit; timm's is Pillow's"
+    )
+
+    @model_validator(mode="after")
+    def _known_there(self) -> "Resize":
+        if self.like != "timm" and (self.fit == "border" or self.interpolation in ("box", "hamming")):
+            raise ValueError(
+                f"fit = {self.fit}, interpolation = {self.interpolation}: {self.like} has it not, timm has"
+            )
+        return self
+
+    def crop_pct(self, image_size: int) -> float:
+        """timm's name for it, of which it makes floor(image_size / crop_pct) pixels again."""
+        share = image_size / self.size
+        return share if math.floor(image_size / share) == self.size else image_size / (self.size + 0.5)
+
+
 class ImageDataConfig(StreamConfig):
     kind: Literal["images"] = Field(description="what the shards hold")
     augment: Literal["none", "crop_flip", "randaugment", "cifar"] = Field(
@@ -180,12 +262,20 @@ class ImageDataConfig(StreamConfig):
     std: list[PositiveFloat] | None = Field(
         None, description="per channel, of pixels in 0..1; default: from index.json"
     )
+    resize: Resize | None = Field(
+        None, description="of images to be evaluated; default: where `augment` crops, the shorter side to image_size / "
+        "0.875 and the centre of it (timm's default), else none",
+    )  # fmt: skip
     mask_ratio: ClassVar[float] = 0.0
 
     @property
     def crops(self) -> bool:
-        """Whether images come in any size: training takes a random crop, evaluation the centre."""
+        """Whether training images come in any size, of which a random crop is taken."""
         return self.augment in ("crop_flip", "randaugment")
+
+    def evaluation_resize(self, image_size: int) -> Resize | None:
+        """None: images to be evaluated come in the model's size."""
+        return self.resize or (Resize(size=math.floor(image_size / 0.875)) if self.crops else None)
 
     @property
     def group(self) -> int:
@@ -256,12 +346,17 @@ class TrainConfig(Section):
     init_from: str | None = Field(
         None,
         min_length=1,
-        description="start from the weights of a run, a checkpoint, an export, hf:FOLDER or timm:NAME_OR_FILE; another "
-        "connectivity's joins and a head of other classes keep their own start",
+        description="start from the weights of a run, a checkpoint, an export, hf:FOLDER (also of an encoder without a "
+        "head) or timm:NAME_OR_FILE; another connectivity's joins and another task's head keep their own start",
     )
+    freeze: bool = Field(False, description="train the head alone; all else stays as train.init_from has it")
     batch_ramp: Duration = Field(
         "0step", description="at first an eighth of the global batch, doubled three times at equal intervals of this"
     )
+    anneal: Duration = Field(
+        "0step", description="acn only: a block's input is at first that of a residual network; the share of the short "
+        "connections in it falls from 1 to 0 in a line over this",
+    )  # fmt: skip
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="of a moving average of the weights, kept in checkpoints; 0 keeps none"
     )
@@ -344,6 +439,16 @@ class DepthConfig(Section):
     )  # fmt: skip
 
 
+class PruneConfig(Section):
+    """Movement pruning: linear weights of the blocks are set to zero for good while the run goes on."""
+
+    share: float = Field(
+        0.0, ge=0, lt=1, description="of the blocks' linear weights that are left, those with the smallest |weight x "
+        "gradient|, which are pruned each time; 0 prunes none",
+    )  # fmt: skip
+    every: Duration = Field("1ep", description="between two prunings; none is made at the end")
+
+
 class ProfileConfig(Section):
     """A look at single steps."""
 
@@ -373,6 +478,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
     depth: DepthConfig = DepthConfig()
+    prune: PruneConfig = PruneConfig()
     profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
@@ -389,6 +495,25 @@ class Config(Section):
             raise ValueError(f"train.offload = {train.offload}: train.zero_stage must be {lowest} or more")
         if train.compile and stage == 3:
             raise ValueError("train.compile = true: train.zero_stage must be 0, 1 or 2")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_freeze(self) -> "Config":
+        if self.train.freeze:
+            if not self.train.init_from:
+                raise ValueError("train.freeze = true: train.init_from must name the network that stays as it is")
+            blocks = {"optim.name = muon": self.optim.name == "muon", "prune.share": self.prune.share > 0}
+            blocks["depth.cut_while_training = true"] = self.depth.cut_while_training
+            for key in [key for key, given in blocks.items() if given]:
+                raise ValueError(f"{key}: is about blocks, which train.freeze = true does not train")
+        return self
+
+    @model_validator(mode="after")
+    def _prune_fits_training(self) -> "Config":
+        for key, value in {"zero_stage": 0, "precision": "fp32", "ema_decay": 0.0}.items():
+            given = getattr(self.train, key)
+            if self.prune.share and given != value:
+                raise ValueError(f"train.{key} = {given}: prune.share = {self.prune.share} takes {value}")
         return self
 
     @model_validator(mode="after")
@@ -415,6 +540,14 @@ class Config(Section):
             raise ValueError(
                 f"early_exit.layer_dropout = {self.early_exit.layer_dropout}: model.connectivity must be residual or "
                 f"highway; in {self.model.connectivity} nothing is carried past a block that is left out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _anneal_fits_model(self) -> "Config":
+        if self.train.anneal != "0step" and self.model.connectivity != "acn":
+            raise ValueError(
+                f"train.anneal = {self.train.anneal}: model.connectivity must be acn; it is {self.model.connectivity}"
             )
         return self
 

@@ -1,19 +1,31 @@
-"""Training for early exit, as a pure function of the step: weights of the losses at every depth, and layer dropout."""
+"""What changes in a model's forward pass over a run, as a pure function of the step: weights of the losses at every
+depth and layer dropout, for early exit, and the short connections of an ACN that begins as a residual network.
+"""
 
 import math
 
-from acn_scale.config import EarlyExitConfig
+from acn_scale.config import Config, EarlyExitConfig
+from acn_scale.durations import Horizon
 from acn_scale.models.base import Model
+from acn_scale.models.connectivity import AutoCompressing
 
 
-def apply(cfg: EarlyExitConfig, model: Model, step: int, steps: int) -> None:
-    """Set up the model's forward pass in training for the update after `step` of `steps` updates.
+def apply(cfg: Config, model: Model, step: int, horizon: Horizon) -> None:
+    """Set up the model's forward pass for the update after `step` updates.
 
     It depends on nothing else, so that all ranks run the same blocks and a resumed run goes on as the unbroken one.
     """
     depth = len(model.trunk.blocks)
-    model.loss_weights = loss_weights(cfg, depth, step, steps)
-    model.trunk.drop_rates = drop_rates(cfg, depth, step, steps)
+    model.loss_weights = loss_weights(cfg.early_exit, depth, step, horizon.steps)
+    model.trunk.drop_rates = drop_rates(cfg.early_exit, depth, step, horizon.steps)
+    for join in model.modules():
+        if isinstance(join, AutoCompressing):
+            join.short = short_share(horizon.count(cfg.train.anneal), step)
+
+
+def short_share(steps: int, step: int) -> float:
+    """Of an ACN's short connections, which is left after `step` updates: from 1 in a line to 0 after `steps`."""
+    return max(0.0, 1 - step / steps) if steps else 0.0
 
 
 def loss_weights(cfg: EarlyExitConfig, depth: int, step: int, steps: int) -> tuple[float, ...]:

@@ -13,6 +13,7 @@ from acn_scale.config import BertConfig, ModelConfig
 from acn_scale.data.samples import Batch
 from acn_scale.data.stream import Evaluation
 from acn_scale.models import build_model
+from acn_scale.optim import freeze
 
 
 @torch.no_grad()
@@ -121,13 +122,16 @@ def batch_of(model: ModelConfig, samples: int, mask_ratio: float) -> dict[str, t
     return {"images": images, "labels": torch.zeros(samples, dtype=torch.long)}
 
 
-def step_flops(model: ModelConfig, mask_ratio: float) -> int:
-    """Operations of a forward and a backward pass of one sample, a multiply-add counted as two.
+def step_flops(model: ModelConfig, mask_ratio: float, *, frozen: bool = False) -> int:
+    """Operations of a forward and a backward pass of one sample, a multiply-add counted as two. `frozen`: all but the
+    head is.
 
     What recomputing adds is left out: it is not work on the model.
     """
     with torch.device("meta"):
         network = build_model(model.model_copy(update={"recompute": False}))
+        if frozen:
+            freeze(network)
         with FlopCounterMode(display=False) as counter:
             network(**batch_of(model, 2, mask_ratio))["loss"].backward()
     return counter.get_total_flops() // 2

@@ -14,7 +14,7 @@ from acn_scale.reshape import in_order
 class WeightAverage:
     """average = decay * average + (1 - decay) * weights, in fp32, after each update (Polyak & Juditsky 1992).
 
-    Rank r of n keeps every n-th tensor. Its methods are collective.
+    Of the tensors that are trained, rank r of n keeps every n-th. Its methods are collective.
     """
 
     def __init__(self, engine: Any, decay: float) -> None:
@@ -29,7 +29,9 @@ class WeightAverage:
         if not self.engine.zero_optimization_stage():
             parameters, updated, _ = in_order(self.engine.optimizer)
             masters = {id(parameter): master for parameter, master in zip(parameters, updated, strict=True)}
-        for number, (name, parameter) in enumerate(self.engine.module.named_parameters()):
+        named = self.engine.module.named_parameters()
+        trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        for number, (name, parameter) in enumerate(trained):
             whole = masters[id(parameter)].detach() if masters else safe_get_full_fp32_param(parameter)
             if number % distributed.world_size() == distributed.rank():
                 mine.append((name, whole.float()))

@@ -23,7 +23,7 @@ BUCKET = 500_000_000  # elements of gradients that are summed over the ranks at 
 def deepspeed_config(cfg: Config, world_size: int, parameters: int) -> dict[str, Any]:
     """Everything DeepSpeed is told. What it would otherwise choose by itself (clipping at 1.0) is written out.
 
-    `parameters`: how many numbers the model has; it takes the whole of a bucket's memory, however few they are.
+    `parameters`: how many numbers are trained; it takes the whole of a bucket's memory, however few they are.
     """
     micro_batch_size = cfg.micro_batch_size(world_size)
     zero: dict[str, Any] = {"stage": cfg.train.zero_stage, "reduce_bucket_size": min(BUCKET, parameters)}
@@ -66,7 +66,8 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
         for block in model.trunk.blocks:  # alike, so that one compilation does for all
             block.compile()
     optimizer = _muon(model, cfg.optim) if cfg.optim.name == "muon" else build_optimizer(model, cfg.optim)
-    config = deepspeed_config(cfg, world_size, sum(parameter.numel() for parameter in model.parameters()))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    config = deepspeed_config(cfg, world_size, trained)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if world_size == 1 and cfg.train.zero_stage == 0:
         engine.enable_backward_allreduce = False  # it copies all gradients, to sum them with nobody's
@@ -109,12 +110,14 @@ def train_step(
     stop: bool = False,
     measure_gradients: bool = False,
     phase: Callable[[str], None] = lambda name: None,
+    edit: Callable[[], None] = lambda: None,
 ) -> Step:
     """Take a global batch from the stream and make one update with learning rate `lr`.
 
     `batch_size`: samples of the global batch, where it is not the one of the step before.
     `judge` says what is wrong with the batch's loss, the same on every rank: the update is then dropped, as it is for
     a gradient that is not finite. `phase` is told where the step is. `stop`: whether this rank was asked to stop.
+    `edit` can change weights, gradients and moments right before an update; at stage 0 in fp32 it is called.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
@@ -133,7 +136,7 @@ def train_step(
         losses.append(loss.detach())
         if micro_step < micro_steps - 1:
             phase("backward")
-            engine.backward(loss)
+            _backward(engine, loss)
             engine.step()  # counts the micro batch
     start = time.perf_counter()
     own_loss = torch.stack(losses).double().mean().item()  # waits for a GPU's forward pass
@@ -143,16 +146,23 @@ def train_step(
     mean = total / distributed.world_size()
     fault = judge(mean)
     phase("backward")
-    engine.backward(loss if fault is None else loss * torch.nan)  # DeepSpeed drops what is not finite, on all ranks
+    _backward(engine, loss if fault is None else loss * torch.nan)  # DeepSpeed drops what is not finite, on all ranks
     norms = gradient_norms(engine) if measure_gradients and fault is None else None
     phase("update")
-    applied = _update(engine)
+    applied = _update(engine, edit)
     if not applied and fault is None and not engine.fp16_enabled():
         fault = "a gradient is not finite"
     return Step(stops > 0, mean, own_loss, fault, applied, seconds, norms)
 
 
-def _update(engine: Any) -> bool:
+def _backward(engine: Any, loss: Tensor) -> None:
+    """At stage 0 DeepSpeed divides fp16's gradients by a scale that it has not multiplied the loss by."""
+    if engine.fp16_enabled() and not engine.zero_optimization_stage():
+        loss = loss * engine.optimizer.loss_scale
+    engine.backward(loss)
+
+
+def _update(engine: Any, edit: Callable[[], None]) -> bool:
     """Make the update and return whether it was made. DeepSpeed itself looks at the gradients from stage 1 on only."""
     whole = engine.zero_optimization_stage() == 0 and not (engine.fp16_enabled() or engine.bfloat16_enabled())
     if whole:
@@ -162,6 +172,7 @@ def _update(engine: Any) -> bool:
             engine.step()
             del engine.optimizer.step
             return False
+        edit()
     engine.step()
     return engine.was_step_applied()
 
@@ -169,15 +180,15 @@ def _update(engine: Any) -> bool:
 def gradient_norms(engine: Any) -> dict[str, float]:
     """L2 norm of the whole gradient before clipping, "all", and of its parts: "embed", "block_01", ..., "head".
 
-    A join counts to the block below it. Call it on every rank, after the last backward pass of a step and before the
-    update: full gradients are put together from all ranks.
+    A join counts to the block below it, and what is frozen has none. Call it on every rank, after the last backward
+    pass of a step and before the update: full gradients are put together from all ranks.
     """
     from deepspeed.utils import safe_get_full_grad
 
     squares: dict[str, float] = {}
-    scale = engine.loss_scale() if engine.fp16_enabled() else 1.0
+    scale = engine.optimizer.loss_scale if engine.fp16_enabled() else 1.0  # the engine knows the config alone
     for name, parameter in engine.module.named_parameters():
-        gradient = safe_get_full_grad(parameter)
+        gradient = safe_get_full_grad(parameter) if parameter.requires_grad else None
         if gradient is not None:
             part = part_of(name)
             squares[part] = squares.get(part, 0.0) + (gradient.double() / scale).square().sum().item()

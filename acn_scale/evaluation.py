@@ -1,9 +1,9 @@
 """A run's network on its evaluation shards: accuracy at full depth and with early exit, operations, time."""
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ from acn_scale.early_exit import CRITERIA, EarlyExit, Point, cheapest, point, ta
 from acn_scale.errors import UserError
 from acn_scale.models.base import Model
 from acn_scale.report import aligned
+from acn_scale.report.measure import BATCH_SIZES, in_turns
 from acn_scale.runs import read_config, write_json
 
-BATCH_SIZES = (1, 32)  # that are timed
 TIMED = 64  # samples
-ROUNDS = 5
 
 
 def evaluate_run(
@@ -61,7 +60,8 @@ def evaluate_run(
         chosen, why = point(readings, flops, threshold), "as given"
     full = Point(float("nan"), accuracy[-1], shape.depth, cost(shape, shape.depth).flops)
     samples = {name: torch.cat([batch[name] for batch in kept]).to(device) for name in kept[0]}
-    times = {size: timed(model, EarlyExit(model, chosen.threshold, criterion), samples, size) for size in BATCH_SIZES}
+    early = EarlyExit(model, chosen.threshold, criterion)
+    times = {size: timed(model, early, samples, size, folder.name) for size in BATCH_SIZES}
     picture = folder / "report" / "early_exit.png"
     figure = tradeoff_figure(shape, folder.name, readings, curve, chosen)
     try:
@@ -95,8 +95,9 @@ def _keeping(evaluation: Evaluation, kept: list[dict[str, Tensor]]) -> Iterator[
         yield batch, counts
 
 
-@torch.no_grad()
-def timed(model: Model, early: EarlyExit, samples: dict[str, Tensor], batch_size: int) -> tuple[float, float]:
+def timed(
+    model: Model, early: EarlyExit, samples: dict[str, Tensor], batch_size: int, name: str
+) -> tuple[float, float]:
     """Seconds for each sample at full depth and with early exit: medians of passes over the samples, in turns."""
     count = len(samples["labels"])
     inputs = {name: values for name, values in samples.items() if name != "labels"}
@@ -105,17 +106,13 @@ def timed(model: Model, early: EarlyExit, samples: dict[str, Tensor], batch_size
         for start in range(0, count, batch_size)
     ]
 
-    def seconds(run: Callable[..., Any]) -> float:
-        start = time.perf_counter()
+    def all_batches(run: Callable[..., Any]) -> None:
         for batch in batches:
             run(**batch)
-        if samples["labels"].is_cuda:
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / count
 
-    rounds = [(seconds(model), seconds(early)) for _ in range(ROUNDS + 1)][1:]  # the first warms up
-    full, exits = zip(*rounds, strict=True)
-    return statistics.median(full), statistics.median(exits)
+    works = [partial(all_batches, run) for run in (model, early)]
+    full, exits = (statistics.median(column) for column in in_turns(works, f"{name}: timing batch {batch_size}"))
+    return full / count, exits / count
 
 
 def _table(full: Point, chosen: Point, name: str, times: dict[int, tuple[float, float]]) -> str:

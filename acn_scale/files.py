@@ -1,8 +1,10 @@
 """Files that are there whole, or not at all."""
 
+import csv
+import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,6 +21,13 @@ def write_file(path: Path, content: bytes) -> Path:
 def whole_lines(path: Path) -> list[str]:
     """Without a last one that a killed process left unfinished, or that one is just writing."""
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def tsv(rows: Iterable[Sequence[object]]) -> bytes:
+    """Lines of tab-separated values."""
+    buffer = io.StringIO()
+    csv.writer(buffer, delimiter="\t", lineterminator="\n").writerows(rows)
+    return buffer.getvalue().encode()
 
 
 def write_together(folder: Path, files: dict[str, bytes]) -> None:
@@ -41,14 +50,27 @@ def write_together(folder: Path, files: dict[str, bytes]) -> None:
                 path.unlink()
 
 
+def check_writable(out: Path, option: str = "--out") -> None:
+    """Before an evaluation of hours."""
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise UserError(f"{option} {out}: {place} is no folder that can be written to")
+
+
+def check_new(path: Path, option: str = "--out") -> None:
+    """Whether new_folder(path) has a place."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{option} {path}: is there already; name a folder that is new or empty")
+    check_writable(path, option)
+
+
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, option: str = "--out") -> Iterator[Path]:
     """A temporary folder that gets its name when the block ends, and is removed when it fails.
 
     Raises UserError where there is something under that name, or the folder cannot be written.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"--out {path}: is there already; name a folder that is new or empty")
+    check_new(path, option)
     temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -56,6 +78,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.rename(path)
     except OSError as error:
-        raise UserError(f"--out {path}: {error.strerror or error}") from None
+        raise UserError(f"{option} {path}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

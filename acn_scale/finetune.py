@@ -2,7 +2,8 @@
 train.init_from=SOURCE data.train=SHARDS data.eval=SHARDS run.name=NAME [key.sub=value ...]
 
 The model is that of the source, a run, a checkpoint, an export or hf:FOLDER, with a head for the task; single keys of
-[model] can be given. After training, the task's metrics at every depth go to eval/ in the run's folder.
+[model] can be given. After training, the task's metrics at every depth go to eval/ in the run's folder. Images
+(configs/transfer/) are prepared with the source's mean and deviation; train.freeze trains the head alone.
 """
 
 import sys
@@ -10,6 +11,8 @@ import sys
 from acn_scale import distributed
 from acn_scale.cli import config_from_args, exit_on_user_error
 from acn_scale.config import SentenceDataConfig
+from acn_scale.downstream.image_evaluation import evaluate_images
+from acn_scale.downstream.image_sets import open_subject
 from acn_scale.downstream.source import completed
 from acn_scale.downstream.tasks import evaluate_task
 from acn_scale.pretrain import train
@@ -24,6 +27,10 @@ def main() -> None:
         finished = train(cfg, device)
         if finished and isinstance(cfg.data, SentenceDataConfig):
             evaluate_task(run_folder(cfg), device)
+        elif finished:
+            with distributed.together():
+                subject = open_subject(str(run_folder(cfg)))
+            evaluate_images(subject, device)
     if not finished:
         sys.exit(EXIT_STOPPED)
 

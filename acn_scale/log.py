@@ -60,9 +60,10 @@ def describe(cfg: Config, model: torch.nn.Module, horizon: Horizon, world_size: 
     micro = cfg.micro_batch_size(world_size)
     accumulation = cfg.train.global_batch_size // (micro * world_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return (
         f"{cfg.run.name}: {cfg.model.name}, {cfg.model.connectivity}, {cfg.model.depth} blocks, "
-        f"{parameters:,} parameters; "
+        f"{parameters:,} parameters{f', {trained:,} of them trained' if trained < parameters else ''}; "
         f"{horizon.steps} steps of {cfg.train.global_batch_size} samples "
         f"({micro} x {accumulation} accumulated x {world_size} ranks); "
         f"{horizon.samples_per_epoch} samples an epoch; {cfg.train.precision}, ZeRO-{cfg.train.zero_stage}"

@@ -19,6 +19,7 @@ from acn_scale.curriculum import loss_weights
 from acn_scale.depth import batch_of
 from acn_scale.engine import BUCKET
 from acn_scale.models import build_model
+from acn_scale.optim import freeze
 
 LIVE = 1_000_000_000  # elements of whole weights that ZeRO-3 holds at once, at most
 GATHERED = 50_000_000  # elements of them that it brings together at once, at most
@@ -45,18 +46,19 @@ def memory(cfg: Config, *, stage: int, gpus: int, micro_batch_size: int, recompu
     in the sum over the ranks, and in the update. On a GPU the update takes a little less than on a CPU.
     """
     model = cfg.model.model_copy(update={"recompute": recompute})
-    count, share = parameters(model), 1 / gpus
+    frozen = cfg.train.freeze
+    count, trained, share = parameters(model), parameters(model, frozen), 1 / gpus
     half = cfg.train.precision != "fp32"
     width = 2 if half else 4
     accumulates = cfg.train.global_batch_size > micro_batch_size * gpus
     weights = count * width * (share if stage == 3 else 1)
-    gradients = count * width * (share if stage else 1)
-    master = 4 * count if half or stage else 0
-    optimizer = (master + 8 * count) * (share if stage else 1) + (4 * count * share if cfg.train.ema_decay else 0)
+    gradients = trained * width * (share if stage else 1)
+    master = 4 * trained if half or stage else 0
+    optimizer = (master + 8 * trained) * (share if stage else 1) + (4 * trained * share if cfg.train.ema_decay else 0)
     # The passes, to which ZeRO-3 brings whole weights. Whole gradients wait to be summed: all of them up to ZeRO-1.
     heads = loss_weights(cfg.early_exit, model.depth, step=1, steps=2)  # as many as in any step
-    passes, bucket = trace(model, width, cfg.data.mask_ratio, heads), min(count, BUCKET) * width
-    waiting = bucket if stage >= 2 else count * width
+    passes, bucket = trace(model, width, cfg.data.mask_ratio, heads, frozen), min(trained, BUCKET) * width
+    waiting = bucket if stage >= 2 else trained * width
     if stage < 2 and accumulates:
         fullest = passes.peak(micro_batch_size) + waiting
     else:
@@ -70,7 +72,7 @@ def memory(cfg: Config, *, stage: int, gpus: int, micro_batch_size: int, recompu
     # The sum over the ranks, of a copy; ZeRO makes it for one rank too.
     summing = held + waiting + (lasting or bucket) * (gpus > 1 or stage > 0)
     # The update: AdamW's root and quotient, of single tensors or of the rank's flat part, whose gradient is copied too.
-    temporary = 3 * 4 * count * share if stage else 2 * 4 * largest(model) + (4 * count if half else 0)
+    temporary = 3 * 4 * trained * share if stage else 2 * 4 * largest(model, frozen) + (4 * trained if half else 0)
     update = gradients + temporary + (bucket if stage == 3 else 0.0)
     if cfg.train.offload != "none":
         optimizer, update = 0.0, gradients
@@ -80,16 +82,22 @@ def memory(cfg: Config, *, stage: int, gpus: int, micro_batch_size: int, recompu
 
 
 @lru_cache
-def parameters(model: ModelConfig) -> int:
+def _sizes(model: ModelConfig, frozen: bool) -> list[int]:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_model(model).parameters())
+        network = build_model(model)
+    if frozen:
+        freeze(network)
+    return [parameter.numel() for parameter in network.parameters() if parameter.requires_grad]
 
 
-@lru_cache
-def largest(model: ModelConfig) -> int:
-    """Elements of the largest tensor of weights."""
-    with torch.device("meta"):
-        return max(parameter.numel() for parameter in build_model(model).parameters())
+def parameters(model: ModelConfig, frozen: bool = False) -> int:
+    """How many numbers are trained; `frozen`: all but the head is."""
+    return sum(_sizes(model, frozen))
+
+
+def largest(model: ModelConfig, frozen: bool) -> int:
+    """Elements of the largest tensor of weights that is trained."""
+    return max(_sizes(model, frozen))
 
 
 @dataclass(frozen=True)
@@ -110,17 +118,20 @@ class Trace:
 
 
 @lru_cache
-def trace(model: ModelConfig, width: int, mask_ratio: float, heads: tuple[float, ...] = ()) -> Trace:
+def trace(
+    model: ModelConfig, width: int, mask_ratio: float, heads: tuple[float, ...] = (), frozen: bool = False
+) -> Trace:
     """`width`: bytes of a number in the passes, 4 or 2. `heads`: weights of the losses at every depth, as in Network.
-    What grows with the batch is told apart by two batches.
+    `frozen`: all but the head is. What grows with the batch is told apart by two batches.
     """
-    (few, gradients, forward), (many, *_) = (_alive(model, width, samples, mask_ratio, heads) for samples in (2, 4))
+    setting = width, mask_ratio, heads, frozen
+    (few, gradients, forward), (many, *_) = (_alive(model, samples, *setting) for samples in (2, 4))
     slope = (many - few) / 2
     return Trace(few - 2 * slope, slope, gradients, forward)
 
 
 def _alive(
-    model: ModelConfig, width: int, samples: int, mask_ratio: float, heads: tuple[float, ...]
+    model: ModelConfig, samples: int, width: int, mask_ratio: float, heads: tuple[float, ...], frozen: bool
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """(operations,) bytes of all but the weights and their gradients, and of those gradients; operations forward."""
     before = torch.get_default_dtype()
@@ -131,12 +142,15 @@ def _alive(
         finally:
             torch.set_default_dtype(before)
         network.loss_weights = heads
+        if frozen:
+            freeze(network)
         batch = batch_of(model, samples, mask_ratio)
         with _Storages(network) as storages:
             loss = network(**batch)["loss"]
             forward = storages.operations
             loss.backward()
-        alive, gradients = storages.alive({id(each.grad.untyped_storage()) for each in network.parameters()})
+        trained = (parameter for parameter in network.parameters() if parameter.requires_grad)
+        alive, gradients = storages.alive({id(each.grad.untyped_storage()) for each in trained})
         return alive, gradients, forward
 
 

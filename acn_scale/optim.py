@@ -16,8 +16,15 @@ def part_of(name: str) -> str:
     return f"block_{int(match[1]) + 1:02d}" if match else name.split(".")[0]
 
 
+def freeze(model: nn.Module) -> None:
+    """Leave the head alone to be trained; a weight that it shares with another part is not."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) == "head")
+
+
 def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
     """Matrices get weight decay; biases, norms and other vectors get none. `lr_scale` multiplies the learning rate.
+    What is frozen is in no group.
 
     With cfg.layer_decay = d, a block's rate is d times that of the block above it, and so on from the head down to the
     embedding (Clark et al. 2020, app. A; Bao et al. 2022). With Muon, the blocks' matrices are groups of their own.
@@ -25,6 +32,8 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
     depth = len(model.trunk.blocks)
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         part, matrix = part_of(name), parameter.ndim >= 2
         level = int(part[6:]) if part.startswith("block_") else 0 if part == "embed" else depth + 1
         muon = cfg.name == "muon" and matrix and part.startswith("block_")

@@ -22,8 +22,10 @@ def traffic(cfg: Config, *, stage: int, gpus: int, micro_steps: int) -> float:
     the weights are shared out in each of its two passes.
     """
     width = 4 if cfg.train.precision == "fp32" else 2
-    rounds = {0: 2, 1: 2, 2: micro_steps + 1, 3: 3 * micro_steps}[stage]
-    return rounds * parameters(cfg.model) * width * (gpus - 1) / gpus
+    trained = parameters(cfg.model, cfg.train.freeze)
+    sent = {0: 2 * trained, 1: 2 * trained, 2: (micro_steps + 1) * trained}
+    sent[3] = micro_steps * (trained + 2 * parameters(cfg.model))
+    return sent[stage] * width * (gpus - 1) / gpus
 
 
 def largest_micro_batch(cfg: Config, *, stage: int, gpus: int, recompute: bool, device: Device) -> int:
@@ -72,7 +74,7 @@ def pace(cfg: Config, cluster: Cluster, gpus: int) -> Pace:
     total, stage, recompute = cfg.train.global_batch_size, cfg.train.zero_stage, cfg.model.recompute
     most = largest_micro_batch(cfg, stage=stage, gpus=gpus, recompute=recompute, device=cluster.device)
     sent = traffic(cfg, stage=stage, gpus=gpus, micro_steps=math.ceil(total / gpus / max(1, most)))
-    flops = step_flops(cfg.model, cfg.data.mask_ratio) * total
+    flops = step_flops(cfg.model, cfg.data.mask_ratio, frozen=cfg.train.freeze) * total
     compute = flops / gpus / (cluster.device.peak[cfg.train.precision] * cluster.mfu)
     return Pace(gpus, sent, compute + max(0.0, sent / cluster.link - 2 / 3 * compute))
 
@@ -98,7 +100,7 @@ def plan(cfg: Config, cluster: Cluster, samples: int | None = None) -> str:
 
 
 def _head(cfg: Config, cluster: Cluster, steps: int) -> str:
-    total, flops = cfg.train.global_batch_size, step_flops(cfg.model, cfg.data.mask_ratio)
+    total, flops = cfg.train.global_batch_size, step_flops(cfg.model, cfg.data.mask_ratio, frozen=cfg.train.freeze)
     return (
         f"{cfg.run.name}: {parameters(cfg.model):,} parameters, {cfg.train.precision}; "
         f"{steps:,} steps of {total:,} samples\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from acn_scale import checkpoint, curriculum, distributed
+from acn_scale import checkpoint, curriculum, distributed, pruning
 from acn_scale.checkpoint import Checkpoints
 from acn_scale.cli import config_from_args, exit_on_user_error
 from acn_scale.config import Config
@@ -27,7 +27,7 @@ from acn_scale.guard import Guard
 from acn_scale.hardware import peak_rate
 from acn_scale.log import Metrics, Window, describe, progress_bar, setup_logging
 from acn_scale.models import build_model
-from acn_scale.optim import learning_rate
+from acn_scale.optim import freeze, learning_rate
 from acn_scale.profiling import Profiler
 from acn_scale.runs import append_bad_step, check_run_folder, open_run_folder, restarts
 from acn_scale.stopping import EXIT_STOPPED, StopSignals
@@ -98,13 +98,16 @@ class Trainer:
         cfg = self.cfg.model_copy(update={"model": self.cfg.model.model_copy(update={"depth": depth})})
         torch.manual_seed(cfg.run.seed)  # the same initial weights on every rank
         model = build_model(cfg.model)
+        if cfg.train.freeze:
+            freeze(model)
         log.info("%s", describe(cfg, model, self.horizon, distributed.world_size()))
         if fresh and cfg.train.init_from:
             with distributed.together():
-                start_from(model, cfg.model, cfg.train.init_from)
+                start_from(model, cfg.train.init_from)
         self.engine = build_engine(model, cfg, self.device, distributed.world_size())
         self.average = WeightAverage(self.engine, cfg.train.ema_decay) if cfg.train.ema_decay else None
-        self.flops_per_sample = step_flops(cfg.model, cfg.data.mask_ratio) if self.peak_rate else 0
+        mask_ratio, frozen = cfg.data.mask_ratio, cfg.train.freeze
+        self.flops_per_sample = step_flops(cfg.model, mask_ratio, frozen=frozen) if self.peak_rate else 0
         self.depth = depth
 
     def run(self) -> bool:
@@ -152,12 +155,12 @@ class Trainer:
     def take(self, step: int) -> Step:
         """One optimizer step, judged by all ranks alike."""
         torch.manual_seed(dropout_seed(self.cfg.run.seed, step - 1, self.rank))
+        curriculum.apply(self.cfg, self.engine.module, step - 1, self.horizon)
         self.watchdog.beat(step, "data")
         if step in self.guard.passed_over:
             self.stream.pass_over()
             self.window.passed_over()
             return Step(stop=distributed.sum_on_cpu([self.signals.received is not None])[0] > 0)
-        curriculum.apply(self.cfg.early_exit, self.engine.module, step - 1, self.horizon.steps)
         waited, samples = self.stream.waited, self.stream.plan.size(step - 1)
         result = train_step(
             self.engine,
@@ -168,6 +171,7 @@ class Trainer:
             stop=self.signals.received is not None,
             measure_gradients=self.due(self.cfg.train.log_every, step),
             phase=partial(self.enter, step),
+            edit=partial(pruning.prune_by_movement, self.cfg.prune, self.horizon, self.engine, step - 1),
         )
         waited = self.stream.waited - waited
         if self.average and result.applied:
@@ -241,6 +245,7 @@ class Trainer:
         self.metrics.flush()
         state = {"guard": self.guard.state_dict(), "window": self.window.state_dict(), "depth": depth}
         state |= {"dead_blocks": self.dead_blocks.state_dict()}
+        state |= {"short": curriculum.short_share(self.horizon.count(self.cfg.train.anneal), step - 1)}
         parts = self.average.parts() if self.average else None
         self.stall = self.checkpoints.save(self.engine, self.stream, step, state, parts)
 
@@ -284,12 +289,15 @@ class Trainer:
         values |= {f"eval/depth_{depth:02d}/accuracy": value for depth, value in enumerate(accuracy)}
         values |= {f"depth/change/block_{depth:02d}": value for depth, value in enumerate(change) if depth}
         values |= {"depth/cutoff": cutoff(accuracy, tolerance), "depth/blocks": self.depth}
+        if self.cfg.prune.share:
+            values |= {f"prune/{name}": share for name, share in pruning.sparsity(self.engine.module).items()}
         self.metrics.write(step, values)
         self.metrics.draw(step, "depth/curve", depth_figure({f"step {step}": accuracy}, tolerance))
         curve = " ".join(f"{100 * value:.1f}" for value in accuracy)
         loss, cut = values["eval/loss"], values["depth/cutoff"]
         log.info("step %d: loss %.4f, accuracy by depth %s, cut-off %d", step, loss, curve, cut)
-        return self.dead_blocks.depth_to_keep(accuracy, change) if cuts else self.depth
+        goes_on = step < self.horizon.steps
+        return self.dead_blocks.depth_to_keep(accuracy, change) if cuts and goes_on else self.depth
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

@@ -1,24 +1,14 @@
-"""Checkpoints of another number of ranks or ZeRO stage, by way of DeepSpeed's universal format: a file a tensor."""
+"""Checkpoints of another number of ranks, ZeRO stage or of blocks: each rank takes its part out of all ranks' files."""
 
-import copy
-import importlib.metadata
-import logging
-import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from acn_scale import distributed
-from acn_scale.errors import SharedError
-
-log = logging.getLogger(__name__)
-
-MODEL_FILE = "mp_rank_00_model_states.pt"
-FOLDER = "universal"
+from acn_scale import distributed, zero
 
 
 def layout(engine: Any) -> dict[str, Any]:
@@ -29,7 +19,8 @@ def layout(engine: Any) -> dict[str, Any]:
 
 
 def describe(layout: dict[str, Any]) -> str:
-    return f"{layout['ranks']} rank{'s' * (layout['ranks'] > 1)} at ZeRO-{layout['zero_stage']}"
+    ranks, blocks = layout["ranks"], layout["depth"]
+    return f"{blocks} block{'s' * (blocks > 1)} on {ranks} rank{'s' * (ranks > 1)} at ZeRO-{layout['zero_stage']}"
 
 
 def fits(written: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -37,15 +28,27 @@ def fits(written: dict[str, Any], now: dict[str, Any]) -> bool:
     return written == now or (written["zero_stage"] == 0 and written | {"ranks": now["ranks"]} == now)
 
 
+def notes(engine: Any) -> dict[str, Any]:
+    """What load() needs to know of the engine that wrote a checkpoint, for its state.json."""
+    lamb_step = _inner(engine).param_groups[0].get("step")  # of all weights, where AdamW has one of each
+    return {
+        "layout": layout(engine),
+        "parameters": names_in_order(engine),
+        "frozen": [name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad],
+        "loss_scale": engine.optimizer.loss_scale if engine.fp16_enabled() else None,
+        "lamb_step": None if lamb_step is None else int(lamb_step),
+    }
+
+
 def names_in_order(engine: Any) -> list[str]:
     """The parameters' names as the optimizer numbers them, at stage 0."""
     if engine.zero_optimization_stage():
         return []
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    names = _names(engine)
     return [names[id(parameter)] for parameter in in_order(engine.optimizer)[0]]
 
 
-def in_order(optimizer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
+def in_order(optimizer: Any) -> tuple[list[Tensor], list[Tensor], Any]:
     """At stage 0: the model's parameters as the optimizer numbers them, those that it updates, and PyTorch's optimizer.
 
     In 16 bits DeepSpeed puts a wrapper round that one, which holds the weights in fp32.
@@ -56,112 +59,89 @@ def in_order(optimizer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], An
     return parameters, parameters, optimizer
 
 
+@torch.no_grad()
 def load(engine: Any, path: Path, state: dict[str, Any]) -> None:
-    """Load what another layout wrote. The universal form is made once, by rank 0, and kept in the checkpoint."""
-    universal = path / FOLDER
-    written = state["layout"]
-    mistakes = []
-    if distributed.rank() == 0 and not universal.exists():
-        temporary = path / f".{FOLDER}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            if written["zero_stage"] == 0:
-                _spread(path, temporary, state["parameters"])
-            else:
-                _convert(path, temporary)
-            shapes = {name: getattr(each, "ds_shape", each.shape) for name, each in engine.module.named_parameters()}
-            _complete(temporary, shapes)
-            temporary.rename(universal)
-        except (OSError, RuntimeError) as error:
-            mistakes.append(f"{path}: could not be brought from {describe(written)} to this run's: {error}")
-    for mistake in distributed.union(mistakes):
-        raise SharedError(mistake)
-    if engine.zero_optimization_stage() == 0:
-        _gather(engine, universal)
+    """Load what another layout wrote. Raises UserError for files that cannot be read, on all ranks."""
+    inner = _inner(engine)
+    moments = inner.state
+    with distributed.together():
+        kept = zero.kept(path, state)
+        if engine.zero_optimization_stage() == 3:
+            engine.optimizer.checkpoint_event_prologue()
+        for name, flat, there, start, size in _places(engine):
+            for key, pieces in kept[name].items():
+                if pieces[0].dim() == 0:  # a counter, of the whole flat tensor
+                    moments[flat][key] = pieces[0].clone()
+                    continue
+                if key != "fp32" and key not in moments[flat]:
+                    moments[flat][key] = torch.zeros_like(flat)
+                held = flat if key == "fp32" else moments[flat][key]
+                whole = torch.cat([piece.flatten() for piece in pieces])
+                held.view(-1)[there : there + size] = whole[start : start + size]
+        for name, parameter in engine.module.named_parameters():
+            if not parameter.requires_grad:
+                _fill(parameter, torch.cat([piece.flatten() for piece in kept[name]["fp32"]]))
+    _to_model(engine)
+    if engine.fp16_enabled():
+        engine.optimizer.loss_scale = state["loss_scale"]
+    if state["lamb_step"] is not None:
+        for group in inner.param_groups:
+            group["step"] = torch.tensor(float(state["lamb_step"]))
+
+
+def _places(engine: Any) -> Iterator[tuple[str, Tensor, int, int, int]]:
+    """Of each weight of which this rank keeps a part in fp32: its name, the tensor that the part is in, where it begins
+    there, where it begins in the weight, and its size.
+    """
+    stage, optimizer, names = engine.zero_optimization_stage(), engine.optimizer, _names(engine)
+    if stage == 0:
+        parameters, masters, _ = in_order(optimizer)
+        for parameter, master in zip(parameters, masters, strict=True):
+            yield names[id(parameter)], master, 0, 0, master.numel()
+    elif stage < 3:
+        for flat, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
+            for parameter in group:
+                if parameter._hp_mapping is not None:
+                    there, here = parameter._hp_mapping.hp_fragment_address, parameter._hp_mapping.lp_fragment_address
+                    yield names[id(parameter)], flat, there.start, here.start, here.numel
     else:
-        _load_universal(engine, universal)
+        for flat, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+            there = 0
+            for parameter in group:
+                size = parameter.partition_numel()
+                start = distributed.rank() * size
+                yield names[id(parameter)], flat, there, start, max(0, min(size, parameter.ds_numel - start))
+                there += size
 
 
-def _convert(path: Path, out: Path) -> None:
-    """By DeepSpeed's own tool, in a process of its own: it prints, starts processes, and takes memory."""
-    log.info("reshaping %s, once", path)
-    arguments = ["--input_folder", str(path), "--output_folder", str(out), "--inject_missing_state"]
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1])
-
-
-def _complete(universal: Path, shapes: dict[str, torch.Size]) -> None:
-    """Add what DeepSpeed's tool leaves out and its loaders need, which differs between stages 1, 2 and 3."""
-    path = universal / "zero" / "optimizer_state.pt"
-    state = torch.load(path, map_location="cpu", weights_only=False)
-    folders = [file.parent for file in (universal / "zero").glob("*/fp32.pt")]
-    written = next((folder / "step.pt" for folder in folders if (folder / "step.pt").exists()), None)
-    if written is not None:
-        step = torch.load(written, weights_only=True)
+def _fill(parameter: Tensor, whole: Tensor) -> None:
+    """A weight that no optimizer keeps, from all of it, which may have padding behind it."""
+    if hasattr(parameter, "ds_tensor"):  # this rank's partition, with stage 3
+        start, size = distributed.rank() * parameter.ds_tensor.numel(), parameter.ds_tensor.numel()
+        part = whole[: parameter.ds_numel][start : start + size]
+        parameter.ds_tensor.view(-1)[: len(part)] = part
     else:
-        step = state["optimizer_state_dict"]["state"][0]["step"]
-    for folder in folders:
-        torch.save(step, folder / "step.pt")
-        for file in folder.glob("*.pt") if folder.name in shapes else ():  # not of blocks that are cut off
-            values = torch.load(file, map_location="cpu", weights_only=True)
-            if file.stem != "step" and torch.is_tensor(values):  # from stage 3: bare, and flat
-                torch.save({"param": values.view(shapes[folder.name])}, file)
-    groups = (state if "param_groups" in state else state["optimizer_state_dict"])["param_groups"]
-    kept = {name: state[name] for name in ("loss_scaler", "dynamic_loss_scale", "overflow") if name in state}
-    kept |= {"ds_version": importlib.metadata.version("deepspeed"), "param_groups": groups}
-    kept |= {"optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": groups}}
-    torch.save(kept, path)
+        parameter.copy_(whole[: parameter.numel()].view_as(parameter))
 
 
-def _load_universal(engine: Any, universal: Path) -> None:
-    optimizer = engine.optimizer
-    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    sharded_weights = engine.zero_optimization_partition_weights()
-    if sharded_weights:
-        optimizer.checkpoint_event_prologue()
-    optimizer.load_state_dict(state_dict_list=None, checkpoint_folder=str(universal), load_optimizer_states=True)
-    if sharded_weights:
-        optimizer.checkpoint_event_epilogue()
-        for state in optimizer.optimizer.state.values():  # it shares one counter, which each group would then advance
-            state["step"] = copy.deepcopy(state["step"])
-    else:
+def _to_model(engine: Any) -> None:
+    """From the weights that the optimizer keeps to those that the model computes with."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        for parameter, master in zip(*in_order(optimizer)[:2], strict=True):
+            parameter.copy_(master)
+    elif stage < 3:
         optimizer.update_lp_params()
-    for group, values in zip(optimizer.param_groups, groups, strict=True):
-        group |= values  # ZeRO-3 gives every group the first one's weight decay
-
-
-def _spread(path: Path, out: Path, names: list[str]) -> None:
-    """What a process holds at stage 0, in the universal format, which DeepSpeed makes from stage 1 on only."""
-    state = torch.load(path / MODEL_FILE, map_location="cpu", weights_only=False)
-    optimizer = state["optimizer"]
-    if "fp32_groups" in optimizer:
-        weights = [*chain(*optimizer["fp32_groups"])]
-        optimizer = optimizer["optimizer_state_dict"]
     else:
-        weights = [state["module"][name] for name in names]
-    for number, (name, weight) in enumerate(zip(names, weights, strict=True)):
-        folder = out / "zero" / name
-        folder.mkdir(parents=True)
-        for key, value in ({"fp32": weight.detach()} | optimizer["state"][number]).items():
-            torch.save(value if key == "step" else {"param": value}, folder / f"{key}.pt")
-    torch.save({"optimizer_state_dict": optimizer}, out / "zero" / "optimizer_state.pt")
+        groups = zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True)
+        for low, high in groups:
+            low.copy_(high)
+        optimizer.checkpoint_event_epilogue()
 
 
-def _gather(engine: Any, universal: Path) -> None:
-    """The universal format into a process at stage 0. The loss scale of fp16 begins anew."""
-    parameters, updated, optimizer = in_order(engine.optimizer)
-    for name, parameter, master in zip(names_in_order(engine), parameters, updated, strict=True):
-        values = {
-            file.stem: torch.load(file, map_location="cpu", weights_only=True)
-            for file in (universal / "zero" / name).glob("*.pt")
-        }
-        weight = values.pop("fp32")["param"].view_as(parameter)
-        with torch.no_grad():
-            parameter.copy_(weight)
-            master.copy_(weight)
-        optimizer.state[master] = {
-            key: value if key == "step" else value["param"].view_as(parameter).to(parameter.device)
-            for key, value in values.items()
-        }
+def _inner(engine: Any) -> torch.optim.Optimizer:
+    return engine.optimizer.optimizer if engine.zero_optimization_stage() else in_order(engine.optimizer)[2]
+
+
+def _names(engine: Any) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in engine.module.named_parameters()}

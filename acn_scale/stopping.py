@@ -1,6 +1,9 @@
 """Signals that ask a run to stop: noted at once, heeded between two steps."""
 
+import multiprocessing
+import os
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -31,3 +34,13 @@ class StopSignals:
         if number == signal.SIGINT and self.received == "SIGINT":
             signal.default_int_handler(number, frame)
         self.received = signal.Signals(number).name
+
+
+def end_with_parent() -> None:
+    """In a worker process: end when the parent does. One whose parent was killed would wait for work for ever."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -47,6 +47,19 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def twins(one_rank: Ranks, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Run folders of an ACN and its residual twin, trained for a second each."""
+    from networks import small  # here: what pytest rewrites must not be imported before
+    from test_pretrain import run
+
+    folder = tmp_path_factory.mktemp("twins")
+    data = [f"data.train={digits}/train", f"data.eval={digits}/eval"]
+    for config in ("ac_vit.toml", "residual_vit.toml"):
+        one_rank(run, small(config, folder, Path(config).stem, *data))
+    return [folder / "runs" / name for name in ("ac_vit", "residual_vit")]
+
+
 @pytest.fixture
 def vit(digits: Path, tmp_path: Path) -> Callable[..., Config]:
     """Builds the config of a tiny run on digits; keywords replace whole keys: vit(train={"zero_stage": 3})."""
@@ -64,6 +77,7 @@ def vit(digits: Path, tmp_path: Path) -> Callable[..., Config]:
             "checkpoint": {"every": "5step"},
             "health": {},
             "depth": {},
+            "prune": {},
             "profile": {},
         }
         return Config.model_validate({name: values.get(name, {}) | sections.get(name, {}) for name in values})

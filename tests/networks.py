@@ -1,4 +1,4 @@
-"""Small networks without a zero among their weights, and what a conversion that is refused says."""
+"""Small networks without a zero among their weights, small runs, and what a conversion that is refused says."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,17 @@ import pytest
 import torch
 from test_models import randomize
 
-from acn_scale.config import BertConfig, MixerConfig, ModelConfig, ViTConfig
+from acn_scale.cli import load_config
+from acn_scale.config import BertConfig, Config, MixerConfig, ModelConfig, ViTConfig
 from acn_scale.convert import convert
 from acn_scale.convert.network import Card, Images, Network
 from acn_scale.errors import UserError
 from acn_scale.models import build_model
 
 IMAGES = {"image_size": 8, "patch_size": 4, "num_classes": 5, "depth": 3, "dim": 16}
+
+SMALL = ["model.depth=3", "model.dim=16", "model.num_heads=2", "model.patch_size=4", "data.streams=4"]
+SHORT = ["train.length=40step", "train.log_every=5step", "checkpoint.every=20step", "eval.every=20step"]
 
 TEXTS = {"vocab_size": 300, "max_tokens": 7, "num_heads": 2, "depth": 3, "dim": 16}
 
@@ -45,6 +49,13 @@ def network(model: ModelConfig, tokenizer: bytes | None = None) -> Network:
         images = Images(mean=[0.4] * channels, std=[0.2] * channels, classes=classes, resize=9)
     card = Card(model=model, source="here", full_depth=model.depth, accuracy=CURVE, evaluated_at=1, images=images)
     return Network(module, card, tokenizer)
+
+
+def small(config: str, folder: Path, name: str, *overrides: str) -> Config:
+    """Of a quickstart run, cut down to a second."""
+    where = [f"run.dir={folder}/runs", f"run.name={name}"]
+    path = Path(__file__).parents[1] / "configs" / "quickstart" / config
+    return load_config(path, [*where, *SMALL, *SHORT, *overrides])
 
 
 def same(one: Network, other: Network) -> bool:

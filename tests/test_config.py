@@ -106,6 +106,8 @@ MISTAKES = {
     "model.size=XL": "model.size = 'XL': input should be 'Ti', 'S', 'B' or 'L'",
     "model.patch_size=3": "model: patch_size = 3 must divide image_size = 8",
     "model.num_heads=3": "model: num_heads = 3 must divide dim = 16",
+    "model.drop_path=0.1": "model: drop_path = 0.1: with connectivity = acn, inner = auto nothing is carried past",
+    "model.inner=h_acn": "model: connectivity = acn, inner = h_acn: h_acn is a connectivity with inner = through",
     "data.kind=text": "data.kind = text: model.name = vit takes images",
     "data.std=[1.0]": "data.std = [1.0]: model.channels = 3 takes as many numbers",
     "model=3": "model = 3: must be a table, [model]",

@@ -22,6 +22,7 @@ from acn_scale import pretrain, reshape
 from acn_scale.checkpoint import complete
 from acn_scale.config import BertConfig, Config, ModelConfig
 from acn_scale.convert import convert, read_model
+from acn_scale.convert.network import Masks
 from acn_scale.convert.start import start_from
 from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import UserError
@@ -87,7 +88,8 @@ def text_run(tmp_path: Path) -> Callable[..., Config]:
         return Config(
             run={"name": "text", "dir": str(tmp_path / "runs")},
             model=model.model_dump(),
-            data={"kind": "text", "train": str(tmp_path / "train"), "eval": str(tmp_path / "eval"), "streams": 2},
+            data={"kind": "text", "train": str(tmp_path / "train"), "eval": str(tmp_path / "eval"), "streams": 2}
+            | {"mask_ratio": 0.3},
             optim={"lr": 1e-3},
             train={"length": "2step", "global_batch_size": 8, "ema_decay": 0.5} | train,
         )
@@ -104,6 +106,7 @@ def test_tied_weights_are_stored_once(two_ranks: Callable, text_run: Callable[..
     assert "head.decoder.weight" not in load_file(out / "model.safetensors")
     net = read_model(out)
     assert net.model.head.decoder.weight is net.model.embed.token.weight
+    assert net.card.masks == Masks(mask_ratio=0.3, whole_words=False)
     assert net.tokenizer == (Path(cfg.data.train) / TOKENIZER_NAME).read_bytes()
 
 
@@ -174,7 +177,7 @@ def test_refused_exports(exported: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_refused_checkpoints(
-    one_rank: Callable, two_ranks: Callable, vit: Callable[..., Config], tmp_path: Path
+    two_ranks: Callable, vit: Callable[..., Config], exported: Callable[..., Path], tmp_path: Path
 ) -> None:
     cfg = vit(train={"zero_stage": 2, "length": "2step"})
     two_ranks(run, cfg)
@@ -193,12 +196,22 @@ def test_refused_checkpoints(
     assert f"{part}: No such file" in complaint(checkpoint, out)
     command = [CONVERT, folder, "--to", "safetensors", "--out", out]
     done = forked.command(*command)
-    assert (done.returncode, done.stderr.count("\n"), out.exists()) == (2, 1, False)
-    assert done.stderr.startswith(f"error: {part}")
+    warning, error = done.stderr.splitlines()
+    assert (done.returncode, out.exists()) == (2, False)
+    assert warning.startswith(f"{checkpoint.name} is damaged and passed over: {part}: ")
+    assert error.startswith(f"error: {part}: ")
     part.write_bytes(whole)
+    shutil.copytree(checkpoint, checkpoint.with_name("step_00000003"))
+    flip(checkpoint.with_name("step_00000003") / part.name)
     done = forked.command(*command, "--tolerance", 100)
+    assert "step_00000003 is damaged and passed over: " in done.stderr
     assert done.stdout.startswith(f"{out}: vit, acn, 1 of 3 blocks, ")
-    assert read_model(out).card.run == "tiny"
+    card = read_model(out).card
+    assert (card.run, card.step, card.source) == ("tiny", 2, "tiny")
+    assert card.data == f"{Path(cfg.data.train).parent.name}/train"
+    theirs = exported(network(bert()), "hf")
+    convert(f"hf:{theirs}", "safetensors", tmp_path / "again")
+    assert read_model(tmp_path / "again").card.source == f"hf:{theirs.name}"
 
 
 def test_start_from(exported: Callable[..., Path]) -> None:
@@ -213,16 +226,22 @@ def test_start_from(exported: Callable[..., Path]) -> None:
     ):
         model = build_model(vit(**keys))
         before = {name: weight.clone() for name, weight in model.named_parameters()}
-        assert start_from(model, vit(**keys), str(folder)) == kept
+        assert start_from(model, str(folder)) == kept
         for name, weight in model.named_parameters():
             assert torch.equal(weight, before[name] if name in kept else source.weights()[name])
     for keys in ({"dim": 8}, {"depth": 2}, {"mlp_ratio": 2.0}, {"image_size": 12}):
         with pytest.raises(UserError, match=r"train.init_from = .*: .* in it, .* in this run's model"):
-            start_from(build_model(vit(**keys)), vit(**keys), str(folder))
-    masked = exported(network(bert()), "hf")
-    classifier = bert(num_classes=2, connectivity="acn")
-    kept = start_from(build_model(classifier), classifier, f"hf:{masked}")
-    assert kept == [f"head.{part}.{kind}" for part in ("linear", "pooler") for kind in ("bias", "weight")]
+            start_from(build_model(vit(**keys)), str(folder))
+    masked = network(bert())
+    for source in (exported(masked, "safetensors"), f"hf:{exported(masked, 'hf')}"):
+        model = build_model(bert(num_classes=2, connectivity="acn", max_tokens=5))
+        kept = start_from(model, str(source))
+        assert kept == [f"head.{part}.{kind}" for part in ("linear", "pooler") for kind in ("bias", "weight")]
+        expected = masked.weights()
+        expected["embed.position.weight"] = expected["embed.position.weight"][:5]
+        assert all(torch.equal(weight, expected[name]) for name, weight in model.named_parameters() if name not in kept)
+    with pytest.raises(UserError, match=r"embed.position.weight: \(7, 16\) in it, \(9, 16\) in this run's model"):
+        start_from(build_model(bert(num_classes=2, max_tokens=9)), str(source))
 
 
 def test_runs_start_from_weights(two_ranks: Callable, vit: Callable[..., Config], tmp_path: Path) -> None:

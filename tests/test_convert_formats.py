@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from networks import bert, complaint, described, mixer, network, same, vit
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_models import randomize
 from torch import Tensor
 
 from acn_scale.config import BertConfig, Config, MixerConfig, ModelConfig
@@ -25,10 +26,12 @@ from acn_scale.convert import convert, read_model
 from acn_scale.convert.export import write_export
 from acn_scale.convert.hugging_face import write_hugging_face
 from acn_scale.convert.network import Images, Network
+from acn_scale.convert.start import start_from
 from acn_scale.data.images import ImageDecoder
 from acn_scale.data.samples import Key
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.tokenizer import TOKENIZER_NAME, load_tokenizer, train_tokenizer
+from acn_scale.models import build_model
 
 
 def inputs_of(net: Network) -> tuple[dict[str, Tensor], Tensor]:
@@ -58,7 +61,8 @@ CUSTOM = [
     mixer(connectivity="acn", wrapper=True, pool="cls"),
     bert(connectivity="acn"),
     bert(connectivity="acn", num_classes=3),
-    bert(connectivity="denseformer", norm="pre"),
+    bert(connectivity="h_acn", norm="pre"),
+    vit(connectivity="hyper", drop_path=0.1),
 ]
 
 
@@ -83,6 +87,52 @@ def test_transformers(exported: Callable[..., Path], model: ModelConfig) -> None
         assert same(read_model(f"hf:{folder}"), net)
         theirs.save_pretrained(folder)  # as others would write it
         assert same(read_model(f"hf:{folder}"), net)
+
+
+LIKE_BERT = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+LIKE_BERT |= {"intermediate_size": 64, "max_position_embeddings": 7}
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+def test_an_encoder_without_a_head(tmp_path: Path, pooler: bool) -> None:
+    """A classifier that starts from it computes its tokens and its pooled one; the files are several, with an index."""
+    import transformers
+
+    theirs = transformers.BertModel(transformers.BertConfig(**LIKE_BERT), add_pooling_layer=pooler).eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    source = f"hf:{tmp_path / 'hf'}"
+    net = network(bert(num_classes=3))
+    model, (inputs, _) = net.model, inputs_of(net)
+    kept = ["head.linear.bias", "head.linear.weight", *([] if pooler else ["head.pooler.bias", "head.pooler.weight"])]
+    assert start_from(model, source) == kept
+    expected = theirs(**inputs)
+    tokens = model.trunk(model.embed(inputs["input_ids"], inputs["token_type_ids"]), inputs["attention_mask"].bool())
+    torch.testing.assert_close(tokens, expected.last_hidden_state, rtol=0, atol=1e-5)
+    if pooler:
+        got = model.head.pooler(tokens[:, 0]).tanh()
+        torch.testing.assert_close(got, expected.pooler_output, rtol=0, atol=1e-5)
+    assert {"head.dense.weight", "head.norm.weight"} < set(start_from(build_model(bert()), source))
+    assert "an encoder without a head: only train.init_from" in complaint(source, tmp_path / "out")
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    for harm in ({}, [], {"weight_map": {"x": 1}}, {"weight_map": {"x": "../model.safetensors"}}):
+        index.write_text(json.dumps(harm))
+        assert "index.json: " in complaint(source, tmp_path / "out")
+
+
+def test_the_pooler_beside_a_language_head(tmp_path: Path) -> None:
+    """A classifier takes it; a masked language model, and what is made of one, leaves it out."""
+    import transformers
+
+    theirs = transformers.BertForPreTraining(transformers.BertConfig(**LIKE_BERT)).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    source = f"hf:{tmp_path / 'hf'}"
+    model = build_model(bert(num_classes=3))
+    assert set(start_from(model, source)) == {"head.linear.bias", "head.linear.weight"}
+    assert torch.equal(model.head.pooler.weight, theirs.bert.pooler.dense.weight)
+    assert start_from(build_model(bert()), source) == []
+    assert read_model(source).card.model.num_classes == 0
 
 
 WITHOUT_US = """
@@ -141,8 +191,10 @@ def test_timm(exported: Callable[..., Path], model: ModelConfig) -> None:
     assert back.card.images.classes == net.card.images.classes
 
 
-@pytest.mark.parametrize("model", [vit(connectivity="acn"), mixer(), bert(connectivity="acn"), bert(num_classes=3)],
-                         ids=described)  # fmt: skip
+@pytest.mark.parametrize("model", [
+    vit(connectivity="acn"), mixer(connectivity="hyper"), bert(connectivity="acn"),
+    bert(connectivity="value_residual", num_classes=3),
+], ids=described)  # fmt: skip
 def test_programs(exported: Callable[..., Path], model: ModelConfig) -> None:
     """ONNX and torch.export, with batches other than those they were made with."""
     import onnxruntime

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import forked
 import pytest
 import torch
 import torch.nn.functional as F
-from test_models import batch_for, bert, mixer, randomize
+from test_models import batch_for, bert, every_network, mixer, randomize
 from test_models import vit as build_vit
 from test_pretrain import measured, named, run, run_until
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from acn_scale import curriculum
 from acn_scale.config import BertConfig, Config, EarlyExitConfig, MixerConfig, TextDataConfig, ViTConfig
+from acn_scale.convert.sources import read_model
 from acn_scale.curriculum import drop_rates, loss_weights
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.depth import cost, exit_flops
@@ -35,7 +38,6 @@ from acn_scale.early_exit import (
 from acn_scale.errors import UserError
 from acn_scale.evaluation import evaluate_run
 from acn_scale.models import build_model
-from acn_scale.models.connectivity import CONNECTIVITY
 from acn_scale.optim import build_optimizer, learning_rate
 from acn_scale.runs import read_metrics, run_folder, write_json
 
@@ -59,11 +61,9 @@ every_criterion = pytest.mark.parametrize("criterion", CRITERIA)
 
 
 def middle(model: nn.Module, batch: dict[str, Tensor], criterion: str) -> float:
-    """A threshold between two measured values, which about half of the readouts meet."""
+    """A threshold between two measured values, which about half of the samples meet at depth 0."""
     with torch.no_grad():
-        values = (
-            torch.stack([CRITERIA[criterion].measure(each) for each in model.readouts(**batch)]).flatten().sort()[0]
-        )
+        values = CRITERIA[criterion].measure(next(model.readouts(**batch))).sort()[0]
     half = len(values) // 2
     gap = (values[half - 9 : half + 10] - values[half - 10 : half + 9]).argmax() + half - 10
     return float(values[gap : gap + 2].mean())
@@ -77,11 +77,10 @@ def test_what_the_criteria_measure() -> None:
     assert entropy(coin).item() == pytest.approx(0.5), "ln 2 / ln 4"
 
 
-@every_classifier
-@pytest.mark.parametrize("connectivity", CONNECTIVITY)
-def test_each_sample_leaves_at_its_first_sure_depth(build: Callable, connectivity: str) -> None:
+@every_network
+def test_each_sample_leaves_at_its_first_sure_depth(build: partial) -> None:
     """With the readout of that depth, whatever the batch and its order; the extremes are full depth and depth 0."""
-    model, batch = classifier(build, connectivity=connectivity)
+    model, batch = classifier(build.func, **build.keywords)
     with torch.no_grad():
         readouts = torch.stack(list(model.readouts(**batch)), dim=1)
         full = model(**batch)["logits"]
@@ -239,6 +238,22 @@ def test_layer_dropout_grows_with_depth_and_step() -> None:
     assert drop_rates(cfg, 3, 0, 1) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("inner", ["feedforward", "through"])
+def test_an_acn_that_begins_as_a_residual_network(vit: Callable[..., Config], inner: str) -> None:
+    """Is at first just that, and at last just an ACN; a ramp in between, for evaluations too."""
+    cfg = vit(model={"inner": inner}, train={"anneal": "8step"})
+    model = build_model(cfg.model).eval()
+    batch = batch_for(model)
+    horizon = Horizon(1400, 16, 20)
+    for step, connectivity in ((0, "residual"), (8, "acn"), (19, "acn")):
+        limit = build_model(vit(model={"connectivity": connectivity, "inner": inner}).model).eval()
+        limit.load_state_dict(model.state_dict())
+        curriculum.apply(cfg, model, step, horizon)
+        assert torch.equal(model(**batch)["logits"], limit(**batch)["logits"])
+    assert [curriculum.short_share(8, step) for step in (0, 2, 7, 8, 19)] == [1.0, 0.75, 0.125, 0.0, 0.0]
+    assert curriculum.short_share(0, 0) == 0
+
+
 @pytest.mark.parametrize("build", [build_vit, mixer, bert])
 @pytest.mark.parametrize("connectivity", ["acn", "residual"])
 def test_the_loss_is_the_sum_over_the_readouts(build: Callable, connectivity: str) -> None:
@@ -297,6 +312,10 @@ def test_a_dropped_block_is_as_if_it_were_not_there(build: Callable, keys: dict[
     [
         ({"early_exit": {"layer_dropout": 0.1}}, "early_exit.layer_dropout = 0.1: model.connectivity must be residual"),
         ({"early_exit": {"losses": "all"}, "model": {"depth": 1}}, "model.depth = 1"),
+        (
+            {"train": {"anneal": "1ep"}, "model": {"connectivity": "h_acn"}},
+            "train.anneal = 1ep: model.connectivity must",
+        ),
     ],
 )
 def test_what_a_config_refuses(vit: Callable[..., Config], sections: dict, message: str) -> None:
@@ -308,16 +327,27 @@ def test_what_a_config_refuses(vit: Callable[..., Config], sections: dict, messa
 def test_curricula_go_on_after_a_stop_at_every_stage(
     two_ranks: Callable, vit: Callable[..., Config], stage: int
 ) -> None:
-    """Bit for bit as the run that was not stopped; and stage 3 drops what stage 0 drops."""
+    """Bit for bit as the run that was not stopped; and stage 3 drops what stage 0 drops. At stage 1 an ACN that begins
+    as a residual network, whose checkpoints are no ACN's until it is one.
+    """
     early_exit = {"losses": "gradual" if stage % 2 else "rotational", "rotation": 2, "layer_dropout": 0.5}
     train = {"length": "10step", "log_every": "1step", "micro_batch_size": 4}
-    keys = {"model": {"connectivity": "residual", "dropout": 0.1}, "early_exit": early_exit}
+    keys = {"model": {"connectivity": "residual", "dropout": 0.1, "drop_path": 0.2}, "early_exit": early_exit}
+    if stage == 1:
+        train |= {"anneal": "0.8run"}
+        keys = {"model": {"connectivity": "acn", "dropout": 0.1}, "early_exit": {"losses": "gradual"}}
     unbroken = vit(train=train | {"zero_stage": stage}, **keys)
     two_ranks(run, unbroken)
     broken = named(unbroken, "broken")
     two_ranks(run_until, broken, 8)
+    if stage == 1:
+        with pytest.raises(
+            UserError, match=r"step_00000005: no ACN yet: train.anneal = 0.8run leaves 0.5 of the short"
+        ):
+            read_model(run_folder(broken))
     two_ranks(run, broken)
     assert measured(broken) == measured(unbroken)
+    read_model(run_folder(broken))
     if stage == 3:
         first = named(vit(train=train | {"zero_stage": 0}, **keys), "first")
         two_ranks(run, first)

@@ -10,16 +10,16 @@ PACKAGE = ROOT / "acn_scale"
 # A module may import from rows above its own, and from its own row within one package.
 ROWS = [
     {"errors"},
-    {"durations", "files", "stopping", "hardware"},
+    {"durations", "files", "stopping", "hardware", "zero"},
     {"config"},
     {"cli", "distributed"},
     {"log", "progress", "runs", "models", "data", "optim", "guard", "profiling"},
-    {"engine", "reshape", "depth", "watchdog", "curriculum"},
+    {"engine", "reshape", "depth", "watchdog", "curriculum", "gradients", "pruning"},
     {"checkpoint", "ema", "memory", "dead_blocks", "early_exit"},
     {"convert", "batches", "results"},
     {"pretrain", "report"},
-    {"benchmark", "plan", "evaluation", "downstream"},
-    {"finetune"},
+    {"benchmark", "plan", "evaluation", "downstream", "movement"},
+    {"finetune", "studies", "sparsity"},
 ]
 ONLY_IN = {"deepspeed": {"engine", "ema"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 

@@ -167,3 +167,69 @@ def test_debug_is_this_process(tmp_path: Path, small: list[str]) -> None:
     assert table[1].split()[:3] == [f"{tmp_path}/runs/tiny", "finished", "5/5"]
     nothing = launch("status.py", tmp_path / "nowhere")
     assert (nothing.returncode, nothing.stderr) == (2, f"error: {tmp_path}/nowhere: no runs in there\n")
+
+
+CHAIN = """
+name = "chain/tiny"
+dir = "{folder}"
+[[stage]]
+name = "shards"
+tool = "make_image_shards"
+arguments = ["--source", "digits", "--split", "train", "--out", "{folder}/more", "--workers", "1"]
+[[stage]]
+name = "train"
+after = []
+config = "{config}"
+overrides = ["train.length=4step"]
+[[stage]]
+name = "convert"
+tool = "convert_checkpoint"
+arguments = ["{{train}}", "--to", "safetensors", "--out", "{folder}/export"]
+"""
+
+
+@pytest.fixture
+def chain(tmp_path: Path, small: list[str]) -> Path:
+    """Of a tool, a run and a tool that takes the run."""
+    path = tmp_path / "chain.toml"
+    config = tmp_path / "small.json"
+    config.write_text(load_config(Path(small[1]), small[2:]).model_dump_json())
+    path.write_text(CHAIN.format(folder=tmp_path, config=config))
+    return path
+
+
+def test_a_chain_goes_on_after_a_stage_that_failed(tmp_path: Path, chain: Path) -> None:
+    """What is done is not done again; what could be wrong is found before anything runs."""
+    (tmp_path / "export/in_the_way").mkdir(parents=True)
+    failed = launch("chain.py", "--config", chain, "--cluster", "local")
+    assert failed.returncode == 2
+    assert f"--out {tmp_path}/export: is there already" in failed.stderr
+    (tmp_path / "export/in_the_way").rmdir()
+    states = [line.split()[:2] for line in launch("chain.py", "--config", chain, "--dry-run").stdout.splitlines()]
+    assert [(name, state) for name, state, *_ in states] == [("shards", "done"), ("train", "done"), ("convert", "to")]
+    made = (tmp_path / "more/index.json").stat().st_mtime_ns
+    done = launch("chain.py", "--config", chain, "--cluster", "local")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "export/model.safetensors").exists()
+    assert (tmp_path / "more/index.json").stat().st_mtime_ns == made
+    other = chain.read_text().replace('"1"]', '"2"]')  # a stage that nothing waits for
+    chain.write_text(other)
+    lines = launch("chain.py", "--config", chain, "--dry-run").stdout.splitlines()
+    assert [line.split()[1] for line in lines] == ["to", "done", "done"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('tool = "convert_checkpoint"', 'tool = "nothing"', "tool = nothing: no such file in tools/ or launchers/"),
+        ('tool = "convert_checkpoint"', 'tool = "../tools/convert_checkpoint"', "no such file"),
+        ("after = []", 'after = ["convert"]', "stage train: after = convert: must be a stage above it"),
+        ('name = "convert"', 'name = "train"', "stage train: there are two of this name"),
+        ("train.length=4step", "train.length=4", "train.length"),
+    ],
+)
+def test_a_chain_is_read_strictly(chain: Path, old: str, new: str, message: str) -> None:
+    chain.write_text(chain.read_text().replace(old, new))
+    done = launch("chain.py", "--config", chain, "--dry-run")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert message in done.stderr

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acn_scale.config import BertConfig, MixerConfig, ViTConfig
+from acn_scale.config import OF_SUBLAYERS, POST_NORM, BertConfig, MixerConfig, ViTConfig
 from acn_scale.models import build_model
 from acn_scale.models.connectivity import CONNECTIVITY
 from acn_scale.models.layers import MLP, Attention, Wrapper
@@ -48,15 +50,24 @@ def randomize(model: nn.Module) -> None:
         nn.init.normal_(parameter, mean=0.05, std=0.3)
 
 
+def networks() -> Iterator[Any]:
+    """Every model with every pattern that it takes; post-LN BERT where that does."""
+    for name in CONNECTIVITY:
+        post = name in POST_NORM or name not in OF_SUBLAYERS
+        norm = {"norm": "post" if post else "pre"}
+        builds = [(vit, {}), (bert, norm)] + [(mixer, {})] * (name != "value_residual")
+        for build, keys in builds:
+            yield pytest.param(partial(build, connectivity=name, **keys), id=f"{build.__name__}-{name}")
+
+
 every_model = pytest.mark.parametrize("build", [vit, mixer, bert])
-every_pattern = pytest.mark.parametrize("connectivity", CONNECTIVITY)
+every_network = pytest.mark.parametrize("build", list(networks()))
 
 
-@every_model
-@every_pattern
-def test_truncate_equals_readouts(build: Any, connectivity: str) -> None:
+@every_network
+def test_truncate_equals_readouts(build: Any) -> None:
     """Bit for bit, at every depth, through the shared head; dropout is off."""
-    model = build(connectivity=connectivity, dropout=0.1).eval()
+    model = build(dropout=0.1).eval()
     randomize(model)
     batch = batch_for(model)
     readouts = list(model.readouts(**batch))
@@ -66,15 +77,17 @@ def test_truncate_equals_readouts(build: Any, connectivity: str) -> None:
         assert torch.equal(model(**batch)["logits"], readouts[depth])
 
 
-@every_model
-@every_pattern
-def test_recompute_changes_nothing_and_every_weight_learns(build: Any, connectivity: str) -> None:
+@every_network
+def test_recompute_changes_nothing_and_every_weight_learns(build: Any) -> None:
     """Bit for bit, with dropout; the block does run twice."""
     batch = batch_for(build())
     losses, gradients, calls = [], [], []
     for recompute in (False, True):
         torch.manual_seed(0)
-        model = build(connectivity=connectivity, dropout=0.1, recompute=recompute)
+        model = build(dropout=0.1, recompute=recompute)
+        for name, parameter in model.named_parameters():
+            if "joins" in name.split(".") and (parameter == 0).all():  # ReZero's: its blocks learn from step 2 on
+                nn.init.ones_(parameter)
         model.trunk.blocks[0].register_forward_pre_hook(lambda *_, recompute=recompute: calls.append(recompute))
         losses.append(model(**batch)["loss"])
         losses[-1].backward()
@@ -118,6 +131,57 @@ def test_acn_is_equation_1(build: Any, norm: str) -> None:
     torch.testing.assert_close(model.trunk(outputs[0], mask), sum(outputs))
 
 
+def test_value_residual_is_its_equation() -> None:
+    """Attention of block 1 has its own values, later ones the mean of theirs and those."""
+    model = bert(connectivity="value_residual").eval()
+    randomize(model)
+    batch = batch_for(model)
+    x, first = model.embed(batch["tokens"], batch["segments"]), None
+    expected = x
+    for block in model.trunk.blocks:
+        attention, mlp = block.blocks
+        op = attention.op
+        q, k, v = (part.view(4, 7, 2, 8).transpose(1, 2) for part in op.qkv(expected).chunk(3, dim=-1))
+        first = v if first is None else first
+        scores = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(~batch["mask"][:, None, None], -torch.inf)
+        mixed = scores.softmax(dim=-1) @ ((v + first) / 2)
+        expected = block.norms[0](expected + op.proj(mixed.transpose(1, 2).flatten(2)))
+        expected = block.norms[1](expected + mlp.op(expected))
+    torch.testing.assert_close(model.trunk(x, batch["mask"]), expected)
+
+
+def test_layernorm_scaling_is_its_equation() -> None:
+    model = vit(connectivity="layernorm_scaling").eval()
+    randomize(model)
+    x = expected = torch.randn(2, 5, 16)
+    for number, block in enumerate(model.trunk.blocks, start=1):
+        for sublayer in block.blocks:
+            norm = F.layer_norm(expected, (16,), sublayer.norm.weight, sublayer.norm.bias, 1e-6)
+            expected = expected + sublayer.op(norm / number**0.5)
+    torch.testing.assert_close(model.trunk(x), expected)
+
+
+@pytest.mark.parametrize("connectivity", ["residual", "value_residual", "hyper"])
+def test_stochastic_depth(connectivity: str) -> None:
+    """A sample passes both sublayers of block l of 3 by with probability 0.6 l / 3; in eval() none does.
+
+    What stays is scaled up, so that the mean is that of eval(): here of the first sublayer's output alone.
+    """
+    torch.manual_seed(0)
+    model, plain = (vit(connectivity=connectivity, drop_path=rate) for rate in (0.6, 0.0))
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(1, 5, 16).expand(4000, 5, 16)
+    assert torch.equal(model.trunk.eval()(x[:2]), plain.trunk.eval()(x[:2]))
+    for number, block in enumerate(model.trunk.train().blocks, start=1):
+        for sublayer in block.blocks:
+            whole = sublayer.eval()(x)
+            got = sublayer.train()(x)
+            whole, got = (each[0] if isinstance(each, tuple) else each for each in (whole, got))
+            dropped = (got == 0).flatten(1).all(dim=1)
+            assert dropped.double().mean() == pytest.approx(0.2 * number, abs=0.04)
+            torch.testing.assert_close(got[~dropped], whole[~dropped] / (1 - 0.2 * number))
+
+
 @every_model
 def test_twins_start_from_the_same_weights(build: Any) -> None:
     weights = []
@@ -140,6 +204,19 @@ def test_initial_weights(build: Any) -> None:
         assert (fc1.bias == 0).all() == (init != "torch")
 
 
+def test_identity_like_start() -> None:
+    """The maps of a block without skips: an attention that looked at each token alone and an MLP change nothing."""
+    x = torch.randn(2, 5, 16)
+    attention, mlp = (sublayer.op for sublayer in vit(init="identity").trunk.blocks[0].blocks)
+    torch.testing.assert_close(mlp(x), x)
+    torch.testing.assert_close(attention(x[:, :1]), x[:, :1])
+    assert (attention.qkv.weight[:32].abs() <= (6 / 64) ** 0.5).all()
+    narrow = mixer(init="identity", channel_dim=8).trunk.blocks[0].blocks[1].op
+    projected = narrow(x)
+    torch.testing.assert_close(narrow(projected), projected)
+    assert torch.linalg.matrix_rank(projected.flatten(0, 1)) == 4
+
+
 def size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -160,6 +237,33 @@ def test_sizes() -> None:
         for name, parameters in (("Ti", 5_717_416), ("S", 22_050_664), ("B", 86_567_656), ("L", 304_326_632)):
             cfg = ViTConfig(name="vit", size=name, connectivity="acn", **imagenet)
             assert size(build_model(cfg)) == parameters  # timm's vit_*_patch16_224
+
+
+def test_sizes_of_the_joins() -> None:
+    """For 3 blocks of 2 sublayers and width 16."""
+    counts = {"h_acn": 3, "layer_scale": 6 * 16, "rezero": 6, "hyper": 6 * (4 + 16 + 4)}
+    counts |= {"highway": 3 * (16 * 16 + 16), "dense": (2 + 3 + 4) * 16 * 16, "denseformer": 2 + 3 + 4}
+    for name in CONNECTIVITY:
+        assert size(vit(connectivity=name)) == size(vit()) + counts.get(name, 0), name
+
+
+@pytest.mark.parametrize(
+    "build, keys, message",
+    [
+        (mixer, {"connectivity": "value_residual"}, "value_residual: takes attention, which a Mixer has not"),
+        (mixer, {"connectivity": "rezero", "wrapper": True}, "wrapper = true: connectivity = rezero would go through"),
+        (bert, {"connectivity": "hyper"}, "connectivity = hyper, inner = auto: norm = 'post' takes feedforward, "),
+        (bert, {"inner": "through"}, "connectivity = acn, inner = through: norm = 'post' takes"),
+        (bert, {"connectivity": "layernorm_scaling", "inner": "residual"}, "norm = 'post' takes"),
+        (vit, {"inner": "value_residual"}, "value_residual is a connectivity with inner = through"),
+        (vit, {"connectivity": "h_acn", "inner": "residual"}, "h_acn is a connectivity with inner = through"),
+        (vit, {"drop_path": 0.1}, "drop_path = 0.1: .* nothing is carried past a sublayer that is left out"),
+        (vit, {"connectivity": "residual", "inner": "feedforward", "drop_path": 0.1}, "nothing is carried past"),
+    ],
+)
+def test_what_a_config_refuses(build: Any, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**keys)
 
 
 def test_decoder_is_tied() -> None:

@@ -8,7 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,13 @@ def run(cfg: Config) -> None:
 
 def run_until(cfg: Config, step: int) -> None:
     """As if the process had died in this step."""
+    with dying(step):
+        run(cfg)
+
+
+@contextmanager
+def dying(step: int) -> Iterator[None]:
+    """What runs in this dies in this step."""
 
     class Died(Exception):
         pass
@@ -43,7 +51,7 @@ def run_until(cfg: Config, step: int) -> None:
 
     whole_step, pretrain.train_step = pretrain.train_step, dying_step
     try:
-        run(cfg)
+        yield
     except Died:
         pass
     finally:

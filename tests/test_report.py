@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import SMALL, small
 from test_pretrain import run, run_until
 
 from acn_scale.cli import load_config
-from acn_scale.config import Config
 from acn_scale.convert import convert, read_model
 from acn_scale.data import build_evaluation
 from acn_scale.data.make_text import make_text_shards, train_source_tokenizer
@@ -34,23 +34,6 @@ from acn_scale.runs import read_config, read_json, read_metrics
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-SMALL = ["model.depth=3", "model.dim=16", "model.num_heads=2", "model.patch_size=4", "data.streams=4"]
-SHORT = ["train.length=40step", "train.log_every=5step", "checkpoint.every=20step", "eval.every=20step"]
-
-
-def small(config: str, folder: Path, name: str, *overrides: str) -> Config:
-    where = [f"run.dir={folder}/runs", f"run.name={name}"]
-    return load_config(ROOT / "configs" / "quickstart" / config, [*where, *SMALL, *SHORT, *overrides])
-
-
-@pytest.fixture(scope="module")
-def twins(one_rank: Callable, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Run folders of an ACN and its residual twin, trained for a second each."""
-    folder = tmp_path_factory.mktemp("twins")
-    data = [f"data.train={digits}/train", f"data.eval={digits}/eval"]
-    for config in ("ac_vit.toml", "residual_vit.toml"):
-        one_rank(run, small(config, folder, Path(config).stem, *data))
-    return [folder / "runs" / name for name in ("ac_vit", "residual_vit")]
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +344,7 @@ def test_one_line_and_code_2(tmp_path: Path) -> None:
 
 
 def test_masked_language_model(one_rank: Callable, tmp_path: Path) -> None:
-    """Accuracy on masked tokens, the loss beside the unigram loss; an export is masked as usual, on its own pieces."""
+    """Accuracy on masked tokens, the loss beside the unigram loss; an export is masked as its run was."""
     pydoc, folder = TextSources(["pydoc"]), tmp_path / "pydoc"
     train_source_tokenizer(pydoc, 512, folder, eval_share=0.1, character_coverage=1.0)
     make_text_shards(pydoc, folder, folder, tokens=32, shard_size=1000)
@@ -386,7 +369,8 @@ def test_masked_language_model(one_rank: Callable, tmp_path: Path) -> None:
     convert(str(tmp_path / "bert"), "safetensors", tmp_path / "export")
     depth_report([tmp_path / "export"], data=str(folder / "eval"))
     (exported,) = read_json(tmp_path / "export" / "report" / "depth.json")["networks"]
-    assert (exported["mask_ratio"], exported["unigram_loss"]) == (0.15, guess)
+    assert (exported["mask_ratio"], exported["unigram_loss"]) == (0.3, guess)
+    assert exported["accuracy"] == net["accuracy"]
     tokenizer = folder / "eval" / "tokenizer.model"
     tokenizer.write_bytes(tokenizer.read_bytes() + b"\n")
     with pytest.raises(UserError, match="not the tokenizer that the network was trained with"):

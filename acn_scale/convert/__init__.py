@@ -1,6 +1,7 @@
 """From a checkpoint to a network that others can use: read it, cut it, write it in the form they load."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,10 +42,10 @@ def convert(
             net = net.cut(depth)
         elif tolerance is not None:
             net = net.cut_within(tolerance)
-        TARGETS[to](net, folder, dtype)
-    card = net.card
+        card = net.card.portable()
+        TARGETS[to](replace(net, card=card), folder, dtype)
     parameters = sum(parameter.numel() for parameter in net.model.parameters())
     return (
         f"{out}: {card.model.name}, {card.model.connectivity}, {card.model.depth} of {card.full_depth} blocks, "
-        f"{parameters:,} parameters in {dtype}, from {card.source}"
+        f"{parameters:,} parameters in {dtype}, from {source}"
     )

@@ -10,7 +10,7 @@ MODELS = HERE.parent / "models"
 SOURCES = (
     *(
         MODELS / f"{name}.py"
-        for name in ("connectivity", "base", "layers", "classifier", "vit", "mixer", "bert", "__init__")
+        for name in ("connectivity", "trunk", "base", "layers", "classifier", "vit", "mixer", "bert", "__init__")
     ),
     HERE / "transformers_classes.py",
 )

@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acn_scale.convert.network import Card, Network, network
-from acn_scale.convert.zero import Pieces
 from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import UserError
+from acn_scale.pruning import sparsity
 from acn_scale.runs import read_json, write_json
+from acn_scale.zero import Pieces
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 FORMAT = {"format": "acn_scale", "version": 1}
@@ -24,7 +25,7 @@ def write_export(net: Network, folder: Path, dtype: Literal["fp32", "bf16", "fp1
     save_weights(net.weights(dtype), folder)
     if net.tokenizer is not None:
         (folder / TOKENIZER_NAME).write_bytes(net.tokenizer)
-    entry = {"dtype": dtype, "sha256": _sha256(folder / WEIGHTS_NAME)}
+    entry = {"dtype": dtype, "sha256": _sha256(folder / WEIGHTS_NAME), "sparsity": sparsity(net.model)["sparsity"]}
     write_json(folder / CONFIG_NAME, FORMAT | entry | net.card.model_dump(mode="json"))
 
 
@@ -52,7 +53,7 @@ def read_export(folder: Path) -> Network:
             f"{folder / CONFIG_NAME}: version = {version}: must be {FORMAT['version']}, or another acn_scale"
         )
     checksum = values.get("sha256")
-    known = {name: value for name, value in values.items() if name not in (*FORMAT, "dtype", "sha256")}
+    known = {name: value for name, value in values.items() if name not in (*FORMAT, "dtype", "sha256", "sparsity")}
     try:
         card = Card.model_validate(known)
     except ValidationError as error:
@@ -66,7 +67,7 @@ def read_export(folder: Path) -> Network:
     return network(card, pieces, tokenizer.read_bytes() if tokenizer.exists() else None)
 
 
-def read_safetensors(path: Path) -> Pieces:
+def read_safetensors(path: Path) -> dict[str, Pieces]:
     """All tensors of a file. Raises UserError where it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:

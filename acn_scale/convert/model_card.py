@@ -49,7 +49,8 @@ def model_card(card: Card, *, plain: bool, dtype: str) -> str:
 
 
 def _trained_on(card: Card) -> list[str]:
-    lines = [f"Trained on {card.data}."] if card.data else []
+    masked = f", {card.masks.mask_ratio:.0%} of its tokens masked" if card.masks else ""
+    lines = [f"Trained on {card.data}{masked}."] if card.data else []
     if card.images:
         lines.append(
             f"Classes: {len(card.images.classes)}. Pixels: mean {card.images.mean}, deviation {card.images.std}."

@@ -104,16 +104,23 @@ def to_theirs(weights: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
 
 
 def to_ours(
-    theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], names: Names, what: str
+    theirs: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    names: Names,
+    what: str,
+    optional: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     """Their weights under our names, for a model of ours whose weights have these `shapes`.
 
-    Raises UserError for one that is missing in theirs, or that has no place in ours. Shapes are not looked at.
+    Raises UserError for one that is missing in theirs, unless its name begins with one of `optional`, or that has no
+    place in ours. Shapes are not looked at.
     """
     ours, used = {}, set()
     for name, shape in shapes.items():
         places = _places(name, names)
         if missing := [place for place in places if place not in theirs]:
+            if name.startswith(optional):
+                continue
             raise UserError(f"{what}: lacks {missing[0]}")
         used |= set(places)
         weight = torch.cat([theirs[place] for place in places]) if len(places) > 1 else theirs[places[0]]

@@ -2,19 +2,25 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
-from acn_scale.config import ModelConfig, Section
-from acn_scale.convert.zero import Pieces
+from acn_scale.config import ImageDataConfig, ModelConfig, Resize, Section
 from acn_scale.depth import cutoff
 from acn_scale.errors import UserError
 from acn_scale.models import build_model
+from acn_scale.zero import Pieces
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _as_resize(value: Any) -> Any:
+    """A number alone: of the shorter side, before the centre crop."""
+    return {"size": value} if isinstance(value, int) else value
 
 
 class Images(Section):
@@ -23,14 +29,26 @@ class Images(Section):
     mean: list[float]
     std: list[float]
     classes: list[str]
-    resize: int | None  # of the shorter side, bicubic, before the centre crop; None: images come in the model's size
+    resize: Annotated[Resize | None, BeforeValidator(_as_resize)]  # None: images come in the model's size
+
+    def data(self, shards: str) -> ImageDataConfig:
+        """To evaluate on these shards."""
+        keys = {"mean": self.mean, "std": self.std, "resize": self.resize}
+        return ImageDataConfig(kind="images", train=shards, eval=shards, **keys)
+
+
+class Masks(Section):
+    """How tokens are chosen that a masked language model is to predict."""
+
+    mask_ratio: float
+    whole_words: bool
 
 
 class Card(Section):
-    """What is known of a network: config.json of an export, but for the checksum of its weights."""
+    """What is known of a network: config.json of an export, but for what is told of its file."""
 
     model: ModelConfig  # its depth is the one after the cut
-    source: str  # folder or name that it was read from
+    source: str  # the folder or name that it was read from
     full_depth: Annotated[int, Field(ge=1)]  # before the cut
     run: str | None = None
     step: int | None = None
@@ -39,6 +57,16 @@ class Card(Section):
     accuracy: list[float] | None = None  # 0..1 at depth 0 ... full_depth, by the run's last evaluation
     evaluated_at: int | None = None  # the step of that evaluation
     images: Images | None = None  # None: for text, or not known
+    masks: Masks | None = None  # None: not a masked language model, or not known
+
+    def portable(self) -> "Card":
+        """For others: without the absolute paths of this machine."""
+        kind, colon, rest = self.source.rpartition(":")
+        data = Path(self.data or "")
+        update = {
+            "source": self.run or (f"{kind}{colon}{Path(rest).name}" if Path(rest).is_absolute() else self.source)
+        }
+        return self.model_copy(update=update | ({"data": str(Path(*data.parts[-2:]))} if data.is_absolute() else {}))
 
 
 @dataclass(frozen=True)
@@ -77,6 +105,8 @@ class Network:
     def cut_within(self, tolerance: float) -> "Network":
         """Cut at the smallest depth, 1 or more, within `tolerance` points of full depth. Raises UserError where no
         accuracy by depth is known."""
+        if not 0 <= tolerance <= 100:
+            raise UserError(f"--tolerance {tolerance}: must be 0 to 100 points of accuracy")
         if self.card.accuracy is None:
             raise UserError(f"--tolerance {tolerance}: {self.card.source} has no accuracy by depth; give --depth")
         depth = max(1, cutoff(self.card.accuracy, tolerance))
@@ -89,7 +119,7 @@ def shapes_of(model: ModelConfig) -> dict[str, torch.Size]:
         return {name: weight.shape for name, weight in build_model(model).named_parameters()}
 
 
-def network(card: Card, weights: Pieces, tokenizer: bytes | None = None) -> Network:
+def network(card: Card, weights: dict[str, Pieces], tokenizer: bytes | None = None) -> Network:
     """Build the model of a card with these weights, by name and piece by piece.
 
     Raises UserError where names or sizes are not the model's.
@@ -106,7 +136,7 @@ def network(card: Card, weights: Pieces, tokenizer: bytes | None = None) -> Netw
     return Network(model, card, tokenizer)
 
 
-def _fill(parameter: Tensor, pieces: list[Tensor], what: str) -> None:
+def _fill(parameter: Tensor, pieces: Pieces, what: str) -> None:
     size, first = sum(piece.numel() for piece in pieces), pieces[0]
     whole = len(pieces) == 1
     if size < parameter.numel() or (whole and first.shape not in (parameter.shape, (parameter.numel(),))):

@@ -1,21 +1,22 @@
 """Whatever holds a trained network -> the network: a run, a checkpoint, an export."""
 
 import logging
-import math
 from pathlib import Path
 
-from acn_scale.checkpoint import STATE_NAME, complete, read_state
+from torch import Tensor
+
+from acn_scale.checkpoint import STATE_NAME, complete, damage, newest, read_state
 from acn_scale.config import Config, ImageDataConfig, SentenceDataConfig
-from acn_scale.convert.export import is_export, read_export
-from acn_scale.convert.hugging_face import read_hugging_face
-from acn_scale.convert.network import Card, Images, Network, network
+from acn_scale.convert.export import is_export, read_export, read_safetensors
+from acn_scale.convert.hugging_face import read_hugging_face, read_parts
+from acn_scale.convert.network import Card, Images, Masks, Network, network
 from acn_scale.convert.timm_models import read_timm
-from acn_scale.convert.zero import weights
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.storage import read_file
 from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import UserError
 from acn_scale.runs import read_config, read_result
+from acn_scale.zero import Pieces, frozen, kept
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ FOREIGN = {"hf": lambda rest: read_hugging_face(Path(rest)), "timm": read_timm}
 
 
 def read_model(source: Path | str, *, average: bool = False) -> Network:
-    """Of a run folder (its newest complete checkpoint), a checkpoint, an export, hf:FOLDER or timm:NAME_OR_FILE.
+    """Of a run folder (its newest undamaged checkpoint), a checkpoint, an export, hf:FOLDER or timm:NAME_OR_FILE.
 
     `average` takes the moving average of a checkpoint's weights. Raises UserError for anything else, and for files
     that are missing or damaged.
@@ -35,13 +36,25 @@ def read_model(source: Path | str, *, average: bool = False) -> Network:
         return FOREIGN[kind](rest)
     folder = Path(source)
     if (folder / STATE_NAME).exists():
-        return _read_checkpoint(folder, average)
+        return _read_checkpoint(_whole(folder), average)
     if not average and is_export(folder):
         return read_export(folder)
-    checkpoints = complete(folder)
-    if checkpoints:
-        return _read_checkpoint(checkpoints[-1], average)
+    if checkpoints := complete(folder):
+        return _read_checkpoint(newest(folder) or _whole(checkpoints[-1]), average)
     raise UserError(f"{source}: holds no complete checkpoint and no export{' with an average' * average}")
+
+
+def read_weights(source: str) -> dict[str, Tensor]:
+    """By name, of whatever read_model takes, or of an encoder without a head in hf:FOLDER."""
+    kind, _, rest = source.partition(":")
+    return read_parts(Path(rest))[1] if kind == "hf" and rest else read_model(source).weights()
+
+
+def _whole(checkpoint: Path) -> Path:
+    """The same. Raises UserError where it is damaged."""
+    if found := damage(checkpoint):
+        raise UserError(found[0] + (f", and {len(found) - 1} more files are damaged" if len(found) > 1 else ""))
+    return checkpoint
 
 
 def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
@@ -54,7 +67,13 @@ def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
     except UserError as error:
         log.warning("%s; the network goes without its accuracy by depth", error)
     state = read_state(checkpoint)
+    if state["short"]:
+        raise UserError(
+            f"{checkpoint}: no ACN yet: train.anneal = {cfg.train.anneal} leaves {state['short']:.2g} of the short "
+            "connections; take a checkpoint of a later step"
+        )
     depth = state["layout"]["depth"]  # which a run may have cut
+    masked = cfg.model.name == "bert" and not cfg.model.num_classes
     card = Card(
         model=cfg.model.model_copy(update={"depth": depth}),
         source=str(checkpoint),
@@ -66,8 +85,24 @@ def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
         accuracy=accuracy,
         evaluated_at=evaluated_at,
         images=_images(cfg),
+        masks=Masks(mask_ratio=cfg.data.mask_ratio, whole_words=cfg.data.whole_words) if masked else None,
     )
-    return network(card, weights(checkpoint, average=average), _tokenizer(cfg))
+    if average:
+        still = {name: each["fp32"] for name, each in frozen(checkpoint, state).items()}
+        return network(card, _averages(checkpoint) | still, _tokenizer(cfg))
+    weights = {name: each["fp32"] for name, each in kept(checkpoint, state).items()}
+    return network(card, weights, _tokenizer(cfg))
+
+
+def _averages(checkpoint: Path) -> dict[str, Pieces]:
+    """ZeRO or not: each rank's file holds whole tensors."""
+    files = sorted(checkpoint.glob("ema_*.safetensors"))
+    if not files:
+        raise UserError(f"{checkpoint}: keeps no average of the weights; train.ema_decay makes a run keep one")
+    pieces = {}
+    for path in files:
+        pieces |= read_safetensors(path)
+    return pieces
 
 
 def _images(cfg: Config) -> Images | None:
@@ -84,7 +119,7 @@ def _images(cfg: Config) -> Images | None:
         mean=data.mean or info["mean"],
         std=data.std or info["std"],
         classes=info["classes"],
-        resize=math.floor(cfg.model.image_size / 0.875) if data.crops else None,
+        resize=data.evaluation_resize(cfg.model.image_size),
     )
 
 

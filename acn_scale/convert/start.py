@@ -5,38 +5,34 @@ import logging
 import torch
 from torch import nn
 
-from acn_scale.config import ModelConfig
-from acn_scale.convert.sources import read_model
+from acn_scale.convert.sources import read_weights
 from acn_scale.errors import UserError
-from acn_scale.models.connectivity import patterns
 
 log = logging.getLogger(__name__)
 
+POSITIONS = "embed.position.weight"  # of text, a row for each
+
 
 @torch.no_grad()
-def start_from(model: nn.Module, cfg: ModelConfig, source: str) -> list[str]:
-    """Copy the weights of `source`, whatever read_model takes, into a model of `cfg`; return what kept its own start.
+def start_from(model: nn.Module, source: str) -> list[str]:
+    """Copy the weights of `source`, whatever read_weights takes, into `model`; return what kept its own start.
 
-    That is the head where the number of classes is another, and the joins where the connectivity is. Raises UserError
-    where any other name or shape differs.
+    That is what of the head and of the joins `source` has not in this shape. Of a longer table of text's positions the
+    first are taken. Raises UserError where any other name or shape differs.
     """
-    net = read_model(source)
-    theirs, ours = dict(net.model.named_parameters()), dict(model.named_parameters())
+    theirs, ours = read_weights(source), dict(model.named_parameters())
+    said = f"weights taken from {source}"
+    if {POSITIONS} <= ours.keys() & theirs.keys() and len(ours[POSITIONS]) < len(theirs[POSITIONS]):
+        said += f"; the first {len(ours[POSITIONS])} of its {len(theirs[POSITIONS])} positions"
+        theirs[POSITIONS] = theirs[POSITIONS][: len(ours[POSITIONS])]
     kept = []
     for name in sorted(ours.keys() | theirs.keys()):
         if name in ours and name in theirs and ours[name].shape == theirs[name].shape:
             ours[name].copy_(theirs[name])
-        elif not _may_differ(name, cfg, net.card.model):
+        elif not (name.startswith("head.") or "joins" in name.split(".")):
             shapes = [tuple(named[name].shape) if name in named else "not there" for named in (theirs, ours)]
             raise UserError(f"train.init_from = {source}: {name}: {shapes[0]} in it, {shapes[1]} in this run's model")
         elif name in ours:
             kept.append(name)
-    log.info("weights taken from %s%s", source, f"; as they were: {', '.join(kept)}" if kept else "")
+    log.info("%s%s", said, f"; as they were: {', '.join(kept)}" if kept else "")
     return kept
-
-
-def _may_differ(name: str, cfg: ModelConfig, other: ModelConfig) -> bool:
-    joined = [patterns(each.connectivity, each.inner) for each in (cfg, other)]
-    return (name.startswith("head.") and cfg.num_classes != other.num_classes) or (
-        "joins" in name.split(".") and joined[0] != joined[1]
-    )

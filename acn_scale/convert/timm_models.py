@@ -1,12 +1,14 @@
 """Residual ViT and Mixer <-> timm: a folder that timm.create_model("local-dir:FOLDER", pretrained=True) loads."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
-from acn_scale.config import MixerConfig, ModelConfig, ViTConfig
+from acn_scale.config import ImageModelConfig, MixerConfig, ModelConfig, Resize, ViTConfig
 from acn_scale.convert.export import CONFIG_NAME, WEIGHTS_NAME, read_safetensors, save_weights
 from acn_scale.convert.names import TIMM_MIXER, TIMM_VIT, TIMM_VIT_MEAN, Names, to_ours, to_theirs
 from acn_scale.convert.network import Card, Images, Network, network, shapes_of
@@ -26,6 +28,7 @@ MIXERS = {
     "mixer_l32_224": (32, 24, 1024),
     "mixer_l16_224": (16, 24, 1024),
 }
+CROP_MODES = {"crop": "center", "squash": "squash", "border": "border"}
 MIXER_MODULE = "timm.models.mlp_mixer"
 
 
@@ -36,13 +39,14 @@ def write_timm(net: Network, folder: Path, dtype: str) -> None:
     architecture, arguments = _arguments(model)
     pretrained: dict[str, Any] = {
         "input_size": [model.channels, model.image_size, model.image_size],
-        "interpolation": "bicubic",
         "classifier": "head",
         "first_conv": "stem.proj" if isinstance(model, MixerConfig) else "patch_embed.proj",
     }
-    if net.card.images:
-        pretrained |= {"mean": net.card.images.mean, "std": net.card.images.std}
-        pretrained |= {"crop_pct": 0.875 if net.card.images.resize else 1.0, "label_names": net.card.images.classes}
+    if images := net.card.images:
+        resize = images.resize or Resize(size=model.image_size)
+        pretrained |= {"mean": images.mean, "std": images.std, "label_names": images.classes}
+        pretrained |= {"crop_pct": resize.crop_pct(model.image_size), "interpolation": resize.interpolation}
+        pretrained |= {"crop_mode": CROP_MODES[resize.fit]}
     save_weights(to_theirs(net.weights(dtype), names), folder)
     values = {"architecture": architecture, "num_classes": model.num_classes, "model_args": arguments}
     write_json(folder / CONFIG_NAME, values | {"pretrained_cfg": pretrained})
@@ -61,20 +65,31 @@ def read_timm(name: str) -> Network:
     except Exception as error:  # of many kinds: no such name, no network, a file that does not fit
         raise UserError(f"{source}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
     model = _config(theirs, source)
-    given = theirs.pretrained_cfg
-    images = None
-    if "mean" in given:
-        classes = given.get("label_names") or [str(number) for number in range(model.num_classes)]
-        crop = given.get("crop_pct", 1)
-        images = Images(
-            mean=list(given["mean"]),
-            std=list(given["std"]),
-            classes=list(classes),
-            resize=None if crop == 1 else int(model.image_size / crop),
-        )
     weights = to_ours(theirs.state_dict(), shapes_of(model), _names(model), source)
-    card = Card(model=model, source=source, full_depth=model.depth, images=images)
+    card = Card(model=model, source=source, full_depth=model.depth, images=_images(theirs, model, source))
     return network(card, {key: [weight] for key, weight in weights.items()})
+
+
+def _images(theirs: nn.Module, model: ImageModelConfig, source: str) -> Images | None:
+    """As timm itself prepares images for this network, with its defaults for what the network does not say; those are
+    for colour."""
+    from timm.data import resolve_model_data_config
+
+    given = resolve_model_data_config(theirs)
+    classes = theirs.pretrained_cfg.get("label_names") or [str(number) for number in range(model.num_classes)]
+    fits = {mode: fit for fit, mode in CROP_MODES.items()}
+    try:
+        if len(given["mean"]) != model.channels:
+            return None
+        resize = {"size": math.floor(model.image_size / given["crop_pct"]), "like": "timm"}
+        resize |= {"interpolation": given["interpolation"], "fit": fits.get(given["crop_mode"])}
+        keys = {name: list(given[name]) for name in ("mean", "std")}
+        return Images(**keys, classes=list(classes), resize=Resize(**resize))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{source}: {first['loc'][-1]} = {first['input']!r}: {first['msg']}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{source}: its pretrained_cfg does not say how images are prepared: {error}") from None
 
 
 def _theirs(folder: Path, name: str) -> nn.Module:

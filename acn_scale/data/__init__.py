@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from acn_scale.config import Config, DataConfig, ImageDataConfig, ModelConfig, SentenceDataConfig
+from acn_scale.data.image_files import ImageFiles
 from acn_scale.data.images import ImageDecoder
-from acn_scale.data.order import BucketedOrder, DiskOrder, LengthOrder, Order
+from acn_scale.data.order import BucketedOrder, ChosenOrder, DiskOrder, LengthOrder, Order
 from acn_scale.data.samples import Decoder, Samples
 from acn_scale.data.sentences import SentenceDecoder
 from acn_scale.data.shards import ShardIndex
@@ -52,14 +53,21 @@ def evaluation_of(
     world_size: int = 1,
     share: Share = alone,
     noise: Any = None,
+    files: ImageFiles | None = None,
+    chosen: np.ndarray | None = None,
 ) -> Evaluation:
-    """The same for a network that no run's config goes with. `noise`: what a decoder does to each sample first."""
-    index, train = (ShardIndex.load(folder, data.remote) for folder in (data.eval, data.train))
+    """The same for a network that no run's config goes with. `noise`: what a decoder does to each sample. `files` are
+    read in the place of the shards data.eval. `chosen`: numbers of the images to take; default: all.
+    """
+    index = files.index if files else ShardIndex.load(data.eval, data.remote)
+    known = isinstance(data, ImageDataConfig) and data.mean and data.std
+    train = index if known else ShardIndex.load(data.train, data.remote)
     decoder = _decoder(data, model, index, train, training=False, noise=noise)
-    sentences = isinstance(data, SentenceDataConfig)
     sizes = index.samples_per_shard
-    order = LengthOrder(sizes, np.array(index.info["lengths"])) if sentences else DiskOrder(sizes)
-    samples = Samples(index, decoder, data, seed=0, order=order)
+    order = DiskOrder(sizes) if chosen is None else ChosenOrder(sizes, chosen)
+    if isinstance(data, SentenceDataConfig):
+        order = LengthOrder(sizes, np.array(index.info["lengths"]))
+    samples = Samples(index, decoder, data, seed=0, order=order, records=files)
     return Evaluation(_probed(samples), data, batch_size=batch_size, rank=rank, world_size=world_size, share=share)
 
 
@@ -76,7 +84,7 @@ def _decoder(
     data: DataConfig, model: ModelConfig, index: ShardIndex, train: ShardIndex, *, training: bool, noise: Any = None
 ) -> Decoder:
     if isinstance(data, ImageDataConfig):
-        return ImageDecoder(data, model, index, train.info, training=training)
+        return ImageDecoder(data, model, index, train.info, training=training, noise=noise)
     if isinstance(data, SentenceDataConfig):
         return SentenceDecoder(data, model, index, noise)
     return TextDecoder(data, model, index)

@@ -13,24 +13,29 @@ TOKENIZER_FILES = (TOKENIZER_NAME, "tokenizer.json", "vocab.txt")
 
 @dataclass(frozen=True)
 class Encoder:
-    """`encode` gives the ids of a text without special ones."""
+    """`encode` gives the ids of a text without special ones; `pieces` what ids stand for."""
 
     encode: Callable[[str], list[int]]
+    pieces: Callable[[list[int]], list[str]]
     vocab_size: int
     cls: int = CLS
     sep: int = SEP
     pad: int = PAD
 
     def sequence(self, texts: tuple[str, ...], max_tokens: int) -> tuple[list[int], list[int]]:
-        """Ids and segments of [CLS] first [SEP], or [CLS] first [SEP] second [SEP]; the longer of two texts is cut
-        first (Devlin et al. 2019, app. A.2).
+        """Ids and segments of [CLS] first [SEP], or [CLS] first [SEP] second [SEP].
+
+        Of two texts that are too long together, the longer one is cut first (Devlin et al. 2019, app. A.2); the number
+        that is left over goes to the one that was longer, as Transformers does it.
         """
         parts = [self.encode(text) for text in texts]
         room = max_tokens - 1 - len(parts)
-        while (over := sum(map(len, parts)) - room) > 0:
-            longest = max(parts, key=len)  # the first one of two that are as long
-            others = max((len(part) for part in parts if part is not longest), default=0)
-            del longest[len(longest) - max(1, min(over, len(longest) - others)) :]
+        if len(parts) == 1:
+            parts = [parts[0][:room]]
+        elif sum(map(len, parts)) > room:
+            small = min(*map(len, parts), room // 2)
+            sizes = (small, room - small) if len(parts[0]) <= len(parts[1]) else (room - small, small)
+            parts = [part[:size] for part, size in zip(parts, sizes, strict=True)]
         ids, segments = [self.cls], [0]
         for number, part in enumerate(parts):
             ids += [*part, self.sep]
@@ -43,7 +48,7 @@ def load_encoder(folder: str | Path) -> Encoder:
     folder = Path(folder)
     if (folder / TOKENIZER_NAME).exists():
         ours = load_tokenizer(folder)
-        return Encoder(ours.EncodeAsIds, ours.vocab_size())
+        return Encoder(ours.EncodeAsIds, ours.IdToPiece, ours.vocab_size())
     for name in TOKENIZER_FILES[1:]:
         if (folder / name).exists():
             return _hugging_face(folder / name)
@@ -69,7 +74,10 @@ def _hugging_face(path: Path) -> Encoder:
     def encode(text: str) -> list[int]:
         return theirs.encode(text, add_special_tokens=False).ids
 
-    return Encoder(encode, theirs.get_vocab_size(), *special.values())
+    def pieces(ids: list[int]) -> list[str]:
+        return [theirs.id_to_token(number) or "?" for number in ids]
+
+    return Encoder(encode, pieces, theirs.get_vocab_size(), *special.values())
 
 
 def _lowercase(folder: Path) -> bool:

@@ -113,24 +113,34 @@ class Folder:
             root = root / split_name(split, parts)
         else:
             self.classes = classes or _class_folders(root)
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        strange = [name for name in _class_folders(root) if name not in numbers]
+        self.number(self.classes)
+        strange = [name for name in _class_folders(root) if name not in self._numbers]
         if strange:
-            raise UserError(f"{root}: class folder {strange[0]} is not among the {len(numbers)} classes")
+            raise UserError(f"{root}: class folder {strange[0]} is not among the {len(self.classes)} classes")
         self.root = root
         paths = [path for name in _class_folders(root) for path in _images_under(root / name)]
         if not paths:
             raise UserError(f"{root}: no class folders with images ({' '.join(EXTENSIONS)})")
-        order = np.random.default_rng(0).permutation(len(paths))
-        self._paths = [os.path.relpath(paths[number], root) for number in order]
-        self._numbers = numbers
+        self.paths = [os.path.relpath(path, root) for path in paths]  # by class, then by name
+        self._order = np.random.default_rng(0).permutation(len(paths))
         self.size = len(paths)
-        self.identity = hashlib.sha256("\n".join(self._paths).encode()).hexdigest()
+        self.identity = hashlib.sha256("\n".join(self.paths[number] for number in self._order).encode()).hexdigest()
+
+    def number(self, classes: Sequence[str]) -> None:
+        """Number the classes in this order, which must have all of them."""
+        self.classes, self._numbers = classes, {name: number for number, name in enumerate(classes)}
 
     def read(self, start: int, stop: int | None) -> Iterator[RawImage]:
-        for path in self._paths[start:stop]:
-            label = self._numbers[path.split(os.sep, 1)[0]]
-            yield RawImage((self.root / path).read_bytes(), label, path)
+        for number in self._order[start:stop]:
+            yield self.image(number)
+
+    def image(self, number: int) -> RawImage:
+        """Of paths[number]."""
+        path = self.paths[number]
+        return RawImage((self.root / path).read_bytes(), self.label(number), path)
+
+    def label(self, number: int) -> int:
+        return self._numbers[self.paths[number].split(os.sep, 1)[0]]
 
 
 def _class_folders(root: Path) -> list[str]:

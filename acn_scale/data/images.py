@@ -2,56 +2,64 @@
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
 from acn_scale.config import ImageDataConfig, ImageModelConfig
 from acn_scale.data.decode import Box, Picture
+from acn_scale.data.image_noise import ImageNoise, Stage
+from acn_scale.data.resize import resizer
 from acn_scale.data.samples import Batch, Key
 from acn_scale.data.shards import ShardIndex
 from acn_scale.errors import BadData, UserError
 
 ENCODINGS = ("jpg", "png", "jpeg", "webp")
-CROPPING, AUGMENTING, ERASING, MIXING = range(4)  # what random numbers are drawn for
+CROPPING, AUGMENTING, ERASING, MIXING, NOISE = range(5)  # what random numbers are drawn for
 
 
 class ImageDecoder:
     """Decodes and transforms the images of one split.
 
-    Training images get the augmentation of the config. Evaluation images are resized and cropped at the centre as
-    timm does (224 px from 256) where the training augmentation crops, and must have the model's size otherwise.
-    `stats` holds the pixels' "mean" and "std", of the training split for both.
+    Training images get the augmentation of the config. Evaluation images are brought to the model's size as
+    cfg.evaluation_resize() says, and must have it where that is None; then `noise` is put on them. `stats` holds the
+    pixels' "mean" and "std", of the training split for both.
     """
 
     def __init__(
-        self, cfg: ImageDataConfig, model: ImageModelConfig, index: ShardIndex, stats: dict[str, Any], *, training: bool
+        self,
+        cfg: ImageDataConfig,
+        model: ImageModelConfig,
+        index: ShardIndex,
+        stats: dict[str, Any],
+        *,
+        training: bool,
+        noise: ImageNoise | None = None,
     ) -> None:
         if index.info.get("kind") != "images":
             raise UserError(f"{index.folder}: holds {index.info.get('kind')}; model.name = {model.name} takes images")
         classes = index.info["classes"]
         if len(classes) > model.num_classes:
             raise UserError(f"model.num_classes = {model.num_classes}: {index.folder} has {len(classes)} classes")
-        self.cfg, self.model, self.training = cfg, model, training
+        self.cfg, self.model, self.training, self.noise = cfg, model, training, noise
         self.mode = {1: "L", 3: "RGB"}[model.channels]
         self.mean, self.std = (
             torch.tensor(values).view(-1, 1, 1) for values in (cfg.mean or stats["mean"], cfg.std or stats["std"])
         )
-        self.crops = cfg.crops
         self.erase = v2.RandomErasing(cfg.random_erasing, value="random", inplace=True)  # noise, as timm's "pixel"
         self.transforms = self._transforms()
 
-    def _transforms(self) -> list[v2.Transform]:
+    def _transforms(self) -> list[Callable[[Tensor], Tensor]]:
         """What comes after decoding, and after the random crop where there is one."""
         size = self.model.image_size
         if not self.training:
-            # timm's defaults for evaluation: bicubic, centre crop of 87.5 %.
-            resize = v2.Resize(math.floor(size / 0.875), v2.InterpolationMode.BICUBIC, antialias=True)
-            return [resize, v2.CenterCrop(size)] if self.crops else []
+            resize = self.cfg.evaluation_resize(size)
+            return [resizer(resize, size, self.mean.flatten().tolist())] if resize else []
         return {
             "none": [],
             "crop_flip": [],
@@ -66,7 +74,7 @@ class ImageDecoder:
             raise BadData(f"no image: has {', '.join(files)} and none of {', '.join(ENCODINGS)}")
         picture = Picture(encoded, self.mode)
         size = self.model.image_size
-        if self.training and self.crops:
+        if self.training and self.cfg.crops:
             draw = random.Random(key.number(CROPPING))
             image = picture.resized(random_box(*picture.size, draw), size)
             image = image.flip(-1) if draw.random() < 0.5 else image
@@ -82,13 +90,21 @@ class ImageDecoder:
         label = files.get("cls", b"").strip()
         if not label.isdigit() or int(label) >= self.model.num_classes:
             raise BadData(f"label {label!r}: must be a class 0 to {self.model.num_classes - 1}")
-        return image, int(label)
+        return self._noisy(image, key, "bytes"), int(label)
+
+    def _noisy(self, image: Tensor, key: Key, stage: Stage) -> Tensor:
+        """With the noise, where that is for images at this stage."""
+        if self.noise is None or self.noise.stage != stage:
+            return image
+        return torch.from_numpy(self.noise.change(image.numpy(), np.random.default_rng(key.number(NOISE))))
 
     def collate(self, samples: list[tuple[Tensor, int]], keys: list[Key]) -> Batch:
         """ "images" (batch, channels, height, width) and "labels": (batch,), or (batch, num_classes) where mixed."""
         images = torch.empty(len(samples), *samples[0][0].shape)
         for image, (pixels, _), key in zip(images, samples, keys, strict=True):
-            image.copy_(pixels).mul_(1 / 255).sub_(self.mean).div_(self.std)  # in place, while it is in the CPU's cache
+            image.copy_(pixels).mul_(1 / 255)  # all in place, while it is in the CPU's cache
+            image.copy_(self._noisy(image, key, "pixels")).sub_(self.mean).div_(self.std)
+            image.copy_(self._noisy(image, key, "normalised"))
             if self.training and self.cfg.random_erasing > 0:
                 with _drawn_from(key, ERASING):
                     self.erase(image)

@@ -3,10 +3,8 @@
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,6 +21,7 @@ import webdataset as wds
 from acn_scale.data.shards import INDEX_NAME, Shard, ShardIndex
 from acn_scale.errors import UserError
 from acn_scale.files import write_file
+from acn_scale.stopping import end_with_parent
 
 _function: Callable[[Any], Any]  # of a worker process
 WORK = ".making"  # folder for what is not finished yet; it goes when the index comes
@@ -148,16 +147,11 @@ def in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: int)
 
 
 def _start_worker(function: Callable[[Any], Any]) -> None:
-    """Ctrl-C is the parent's affair; but a worker whose parent was killed would wait for work for ever."""
+    """Ctrl-C is the parent's affair."""
     global _function
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with_parent()
 
 
 def _work(item: Any) -> Any:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from acn_scale.data.image_sources import ImageSource, RawImage, encode_png, open_images
 from acn_scale.data.make import Making, describe, in_order
+from acn_scale.data.selection import select
 from acn_scale.data.shards import INDEX_NAME, Shard, ShardIndex
 from acn_scale.errors import BadData, UserError
 
@@ -67,13 +68,17 @@ def make_image_shards(
     resize: int | None = None,
     classes: Sequence[str] | None = None,
     streaming: bool = False,
+    first_classes: int | None = None,
+    per_class: int | None = None,
 ) -> ShardIndex:
     """Write the images of a source as shards of `shard_size`, each image as the bytes that it came in.
 
-    With `resize`, images whose shorter side is longer than that are made smaller, JPEGs with quality 95. What is no
-    image is left out and listed in the index. The same shards come whatever `workers` is. Raises UserError.
+    `first_classes` and `per_class` take some of them only. With `resize`, images whose shorter side is longer than that
+    are made smaller, JPEGs with quality 95. What is no image is left out and listed in the index. The same shards come
+    whatever `workers` is. Raises UserError.
     """
     images = open_images(source, split, classes=classes, streaming=streaming)
+    images = select(images, first_classes=first_classes, per_class=per_class)
     plan = {"source": source, "split": split, "shard_size": shard_size, "resize": resize}
     plan |= {"classes": list(images.classes), "images": images.identity}
     with Making(folder, plan) as making:
@@ -202,9 +207,19 @@ def index_shards(folder: Path, *, classes: Sequence[str] | None = None, workers:
     return index
 
 
-def describe_images(source: str, split: str, *, shard_size: int, classes: Sequence[str] | None, streaming: bool) -> str:
+def describe_images(
+    source: str,
+    split: str,
+    *,
+    shard_size: int,
+    classes: Sequence[str] | None,
+    streaming: bool,
+    first_classes: int | None,
+    per_class: int | None,
+) -> str:
     """What make_image_shards would write, from a look at a hundred of the images. Raises UserError."""
     images = open_images(source, split, classes=classes, streaming=streaming)
+    images = select(images, first_classes=first_classes, per_class=per_class)
     content: Counter[str] = Counter()
     sizes, bad = [], []
     for raw in islice(images.read(0, 100), 100):

@@ -109,7 +109,7 @@ class BucketedOrder(Order):
         first = -(epoch * self.num_samples) % self.batch  # where the first batch of the epoch's own begins
         size = self.BUCKETS * self.batch
         start = 0 if position < first else first + (position - first) // size * size
-        end = first if position < first else min(start + size, self.num_samples)
+        end = min(first if position < first else start + size, self.num_samples)
         return int(self._sorted(epoch, start, end)[position - start])
 
     def _sort_chunk(self, epoch: int, start: int, end: int) -> np.ndarray:
@@ -143,6 +143,18 @@ class DiskOrder:
         draw = np.random.default_rng([epoch, position, 1])
         while True:
             yield int(draw.integers(self.num_samples))
+
+
+class ChosenOrder(DiskOrder):
+    """Some of the samples, by their numbers in the data set, in every epoch."""
+
+    def __init__(self, samples_per_shard: np.ndarray, chosen: np.ndarray) -> None:
+        super().__init__(samples_per_shard)
+        self.num_samples = len(chosen)
+        self._chosen = chosen
+
+    def locate(self, epoch: int, position: int) -> tuple[int, int]:
+        return super().locate(epoch, int(self._chosen[position]))
 
 
 class LengthOrder(DiskOrder):

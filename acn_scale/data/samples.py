@@ -68,22 +68,45 @@ class Decoder(Protocol):
     def collate(self, samples: list[Any], keys: list[Key]) -> Batch: ...
 
 
+class Records(Protocol):
+    """What is read in the place of a folder of shards: records by shard and number. `read` raises BadData."""
+
+    location: str
+
+    def missing(self) -> list[str]: ...
+
+    def read(self, shard: int, record: int, only: str | None = None) -> dict[str, bytes]: ...
+
+    def key(self, shard: int, record: int) -> str | None: ...
+
+
 class Samples(Dataset):
     """The samples of a folder of shards by global position: position // num_samples is the epoch.
 
-    A sample that cannot be read is replaced by one that (seed, epoch, position) decide on, on every rank alike.
+    With `records`, `index` describes these instead of shards. A sample that cannot be read is replaced by one that
+    (seed, epoch, position) decide on, on every rank alike.
     """
 
     def __init__(
-        self, index: ShardIndex, decoder: Decoder, cfg: StreamConfig, *, seed: int, order: Order | DiskOrder
+        self,
+        index: ShardIndex,
+        decoder: Decoder,
+        cfg: StreamConfig,
+        *,
+        seed: int,
+        order: Order | DiskOrder,
+        records: Records | None = None,
     ) -> None:
         self.index, self.decoder, self.seed, self.order = index, decoder, seed, order
         self.skip = cfg.on_bad_sample == "skip"
-        self.num_samples = index.num_samples
+        self.num_samples = order.num_samples
         self.rows = index.info["rows_per_record"]
         self.starts = np.concatenate([[0], np.cumsum(index.samples_per_shard)])
-        self.folder = open_folder(str(index.folder), index.shards, cfg.remote, verify=cfg.verify_checksums)
-        self.reader = ShardReader(self.folder)
+        if records is None:
+            self.folder = open_folder(str(index.folder), index.shards, cfg.remote, verify=cfg.verify_checksums)
+            self.reader = ShardReader(self.folder)
+        else:
+            self.folder = self.reader = records
 
     def key(self, position: int) -> tuple[Key, int, int]:
         """The name of the sample at a position, its shard and its number in there."""

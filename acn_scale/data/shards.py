@@ -113,13 +113,14 @@ class Table:
             for extension, place in files.items():
                 row[self.extensions.index(extension)] = place
 
-    def read(self, record: int) -> dict[str, bytes]:
-        """The files of a record by extension. Raises BadData where the file is cut or cannot be read."""
+    def read(self, record: int, only: str | None = None) -> dict[str, bytes]:
+        """The files of a record by extension, all or `only` one of them. Raises BadData where the file is cut or cannot
+        be read."""
         if record >= len(self.places):
             raise BadData(f"the shard holds {len(self.places)} records, fewer than {INDEX_NAME} says")
         files = {}
         for extension, (start, size) in zip(self.extensions, self.places[record].tolist(), strict=True):
-            if size >= 0:
+            if size >= 0 and only in (None, extension):
                 try:
                     files[extension] = os.pread(self.file.fileno(), size, start)
                 except OSError as error:
@@ -139,9 +140,10 @@ class ShardReader:
         self.folder = folder
         self._open = functools.lru_cache(maxsize=open_shards)(self._table)
 
-    def read(self, shard: int, record: int) -> dict[str, bytes]:
-        """The files of a record by extension. Raises BadData for a shard that does not hold what its index says."""
-        return self._opened(shard).read(record)
+    def read(self, shard: int, record: int, only: str | None = None) -> dict[str, bytes]:
+        """The files of a record by extension, all or `only` one of them. Raises BadData for a shard that does not hold
+        what its index says."""
+        return self._opened(shard).read(record, only)
 
     def key(self, shard: int, record: int) -> str | None:
         """The record's key in its tar, or None where it cannot be told."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from acn_scale import distributed
 from acn_scale.data.stream import Evaluation
+from acn_scale.files import tsv
 from acn_scale.models.base import Model
 from acn_scale.progress import bar
 
@@ -22,7 +23,7 @@ class Predictions:
     outputs: np.ndarray  # (samples, depths, ...)
 
 
-def as_they_are(logits: Tensor) -> Tensor:
+def as_they_are(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.float()
 
 
@@ -32,9 +33,10 @@ def predict(
     evaluation: Evaluation,
     device: torch.device,
     name: str,
-    of: Callable[[Tensor], Tensor] = as_they_are,
+    of: Callable[[Tensor, Tensor], Tensor] = as_they_are,
 ) -> Predictions:
-    """`of` makes of logits (batch, classes) what is kept of them, (batch, ...). The model is on the device.
+    """`of` makes of logits (batch, classes) and labels (batch,) what is kept of them, (batch, ...). The model is on the
+    device.
 
     Call it on every rank; each gets the whole. The same on any number of ranks, to the last digit.
     """
@@ -43,7 +45,7 @@ def predict(
     places: Iterable[list[int]] = evaluation.positions
     for positions, (batch, counts) in zip(places, bar(evaluation, name, len(evaluation.counts)), strict=True):
         batch = {key: values.to(device) for key, values in batch.items()}
-        kept = torch.stack([of(logits) for logits in model.readouts(**batch)], dim=1).cpu()
+        kept = torch.stack([of(logits, batch["labels"]) for logits in model.readouts(**batch)], dim=1).cpu()
         here = counts.numpy()
         numbers.append(np.array([evaluation.samples.key(position)[0].sample for position in positions])[here])
         labels.append(batch["labels"].cpu().numpy()[here])
@@ -54,3 +56,13 @@ def predict(
     samples, labels, outputs = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = np.argsort(samples)
     return Predictions(samples[order], labels[order], outputs[order])
+
+
+def as_table(predictions: Predictions, *, labelled: bool = True) -> bytes:
+    """A line for each sample, of tab-separated values: its number, its label where it has one, and what is said of it
+    at each depth, of outputs (samples, depths).
+    """
+    rows = [["sample", *["label"] * labelled, *(f"depth_{depth:02d}" for depth in range(predictions.outputs.shape[1]))]]
+    for sample, label, said in zip(predictions.samples, predictions.labels, predictions.outputs, strict=True):
+        rows.append([sample, *[label] * labelled, *said])
+    return tsv(rows)

@@ -6,6 +6,8 @@ from typing import Any
 
 from acn_scale.checkpoint import STATE_NAME
 from acn_scale.config import ModelConfig, RemoteConfig, SentenceDataConfig
+from acn_scale.convert.hugging_face import read_parts
+from acn_scale.convert.network import Images
 from acn_scale.convert.sources import read_model
 from acn_scale.data.encoders import TOKENIZER_FILES
 from acn_scale.data.shards import ShardIndex
@@ -16,7 +18,8 @@ from acn_scale.runs import read_config
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a config with [model] filled in from train.init_from and the classes of data.train, and with the
-    source's tokenizer for sentences. A config that names its model is left as it is.
+    source's tokenizer for sentences, or its mean and deviation for images. A config that names its model is left as it
+    is.
 
     Raises UserError where keys are missing, or data.tokenizer is not the source's.
     """
@@ -26,19 +29,24 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
     for key, given in (("train.init_from", source), ("data.train", data.get("train"))):
         if not isinstance(given, str):
             raise UserError(f"{key}: missing; the model is found out from it")
-    model, tokenizer = _known_of(source)
+    model, tokenizer, images = _known_of(source)
     classes = len(ShardIndex.load(data["train"], RemoteConfig()).info.get("classes", []))
     model = model.model_dump(mode="json") | {"num_classes": classes or 1} | values.get("model", {})
     if data.get("kind") == "sentences":
         data = {"tokenizer": tokenizer_folder(source)} | data
         _check_tokenizer(tokenizer, source, data["tokenizer"])
+    elif images is not None:
+        data = {"mean": images.mean, "std": images.std} | data
     return values | {"model": model, "data": data}
 
 
 @functools.cache  # a grid of runs asks again and again
-def _known_of(source: str) -> tuple[ModelConfig, bytes | None]:
+def _known_of(source: str) -> tuple[ModelConfig, bytes | None, Images | None]:
+    if source.startswith("hf:"):  # which may have no head
+        card = read_parts(Path(source.removeprefix("hf:")))[0]
+        return card.model, None, card.images
     net = read_model(source)
-    return net.card.model, net.tokenizer
+    return net.card.model, net.tokenizer, net.card.images
 
 
 def tokenizer_folder(source: str) -> str:

@@ -1,7 +1,5 @@
 """A fine-tuned classifier of texts on its task: GLUE's metrics at every depth, and the files that its server takes."""
 
-import csv
-import io
 import json
 import logging
 from collections.abc import Sequence
@@ -21,9 +19,9 @@ from acn_scale.data.sentences import TextNoise
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.tasks import TASKS, Task
 from acn_scale.downstream.metrics import measure
-from acn_scale.downstream.predictions import Predictions, predict
+from acn_scale.downstream.predictions import Predictions, as_table, predict
 from acn_scale.errors import UserError
-from acn_scale.files import write_together
+from acn_scale.files import tsv, write_together
 from acn_scale.results import Measurement, write_measurements
 from acn_scale.runs import read_config
 
@@ -79,7 +77,7 @@ def evaluate_task(
         else:
             found += _measured(predictions, split, name, digest, seed)
         if not noise:
-            files[f"eval/predictions/{split.name}.tsv"] = _table(predictions, split)
+            files[f"eval/predictions/{split.name}.tsv"] = as_table(predictions, labelled=not split.server)
     if distributed.rank() == 0:
         _write(folder, found, files)
     return found
@@ -172,16 +170,6 @@ def _measured(predictions: Predictions, split: Split, name: str, digest: str, se
     return found
 
 
-def _table(predictions: Predictions, split: Split) -> bytes:
-    """A line for each sample: its number, its label, and what is said of it at each depth."""
-    depths = range(predictions.outputs.shape[1])
-    known = not split.server
-    rows = [["sample", *(["label"] if known else []), *(f"depth_{depth:02d}" for depth in depths)]]
-    for sample, label, said in zip(predictions.samples, predictions.labels, predictions.outputs, strict=True):
-        rows.append([sample, *([label] if known else []), *said])
-    return _tsv(rows)
-
-
 def _submission(predictions: Predictions, split: Split, samples: Samples) -> bytes:
     """At full depth, as the GLUE server takes it."""
     names = split.task.labels
@@ -190,10 +178,4 @@ def _submission(predictions: Predictions, split: Split, samples: Samples) -> byt
         shard, number = samples.place(int(sample))
         index = json.loads(samples.reader.read(shard, number)["json"])["index"]
         rows.append([index, names[said] if names else f"{min(max(said, 0), 5):.{DIGITS}f}"])
-    return _tsv(rows)
-
-
-def _tsv(rows: Sequence[Sequence[object]]) -> bytes:
-    buffer = io.StringIO()
-    csv.writer(buffer, delimiter="\t", lineterminator="\n").writerows(rows)
-    return buffer.getvalue().encode()
+    return tsv(rows)

@@ -5,7 +5,7 @@ from itertools import islice
 
 from torch import Tensor, nn
 
-from acn_scale.models.connectivity import Trunk
+from acn_scale.models.trunk import Trunk
 
 
 class Model(nn.Module):

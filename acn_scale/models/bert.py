@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from acn_scale.config import BertConfig
 from acn_scale.models.base import Model
-from acn_scale.models.connectivity import Readouts, Trunk, patterns
-from acn_scale.models.layers import MLP, Attention, initialize, post_norm_block, pre_norm_block
+from acn_scale.models.layers import MLP, Attention, build_trunk, initialize
+from acn_scale.models.trunk import Readouts
 
 BERT_EPS = 1e-12  # of LayerNorm, as in BERT
 
@@ -78,15 +78,14 @@ class Bert(Model):
 
     def __init__(self, cfg: BertConfig) -> None:
         super().__init__()
-        between, inner = patterns(cfg.connectivity, cfg.inner)
-        build_block = post_norm_block if cfg.norm == "post" else pre_norm_block
 
-        def block() -> nn.Module:
-            ops = [Attention(cfg.dim, cfg.num_heads, dropout=cfg.dropout), MLP(cfg.dim, round(cfg.mlp_ratio * cfg.dim))]
-            return build_block(ops, inner, cfg.dim, dropout=cfg.dropout, eps=BERT_EPS)
+        def ops() -> list[nn.Module]:
+            first_values = cfg.connectivity == "value_residual"
+            attention = Attention(cfg.dim, cfg.num_heads, dropout=cfg.dropout, first_values=first_values)
+            return [attention, MLP(cfg.dim, round(cfg.mlp_ratio * cfg.dim))]
 
         self.embed = BertEmbed(cfg)
-        self.trunk = Trunk([block() for _ in range(cfg.depth)], between, cfg.dim, recompute=cfg.recompute)
+        self.trunk = build_trunk(cfg, ops, eps=BERT_EPS, post_norm=cfg.norm == "post")
         self.head = ClassificationHead(cfg) if cfg.num_classes else MaskedLanguageHead(cfg)
         initialize(self, cfg.init)
         if not cfg.num_classes:

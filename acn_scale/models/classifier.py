@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acn_scale.models.base import Model
-from acn_scale.models.connectivity import Readouts
+from acn_scale.models.trunk import Readouts
 
 
 class Classifier(Model):

@@ -1,34 +1,32 @@
-"""How blocks are joined: one small class per pattern, and Trunk, the only loop over depth.
+"""How blocks are joined: one small class per pattern.
 
-Notation: f_i is block i, x_0 the embedding, x_i what block i + 1 gets. A cut at depth k is always the same readout
-after k blocks, so a pattern is three answers: the state before the first block, the state after a block, and what
-the trunk would output if it ended here.
+Notation: f_i is block i, x_0 the embedding, x_i what block i + 1 gets, v_i the output of block i, v_0 = x_0. A cut at
+depth k is always the same readout after k blocks, so a pattern is three answers: the state before the first block, the
+state after a block, and what the trunk would output if it ended here.
 """
 
-from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 State = tuple[Tensor, ...]
-Readouts = Generator[Any, Tensor | None, None]  # what it is sent picks the samples that go on
+Block = Callable[..., Tensor]
 
 
 class Connectivity(nn.Module):
-    """The join after block `index`. The trunk calls it, so that ZeRO-3 gathers its parameters; use them only there."""
+    """The join at block `index`. The trunk calls it, so that ZeRO-3 gathers its parameters; use them only there."""
 
     def __init__(self, dim: int, index: int) -> None:
         super().__init__()
 
     @staticmethod
     def start(x: Tensor) -> State:
-        """x: (batch, tokens, dim) -> the state before the first block; state[0] is always the next block's input."""
+        """x: (batch, tokens, dim) -> the state before the first block. Of all its tensors axis 0 is the batch."""
         return (x,)
 
-    def forward(self, state: State, y: Tensor) -> State:
-        """state before the block and the block's output y: (batch, tokens, dim) -> state after the block."""
+    def forward(self, state: State, block: Block) -> State:
+        """state before the block, and the block, (batch, tokens, dim) -> the same -> state after the block."""
         raise NotImplementedError
 
     @staticmethod
@@ -40,29 +38,34 @@ class Connectivity(nn.Module):
 class Feedforward(Connectivity):
     """x_i = f_i(x_{i-1}); output x_L."""
 
-    def forward(self, state: State, y: Tensor) -> State:
-        return (y,)
+    def forward(self, state: State, block: Block) -> State:
+        return (block(state[0]),)
 
 
 class Residual(Connectivity):
-    """x_i = x_{i-1} + f_i(x_{i-1}); output x_L (He et al. 2016)."""
+    """x_i = x_{i-1} + f_i(x_{i-1}); output x_L (He et al. 2016, arXiv 1512.03385)."""
 
-    def forward(self, state: State, y: Tensor) -> State:
-        return (state[0] + y,)
+    def forward(self, state: State, block: Block) -> State:
+        return (state[0] + block(state[0]),)
 
 
 class AutoCompressing(Connectivity):
-    """x_i = f_i(x_{i-1}); output x_0 + x_1 + ... + x_L (Dorovatas et al. 2025, Eq. 1).
+    """x_i = f_i(x_{i-1}); output x_0 + x_1 + ... + x_L (Dorovatas et al. 2025, arXiv 2506.09714, Eq. 1).
 
-    The sum is kept in fp32 at least: in bf16 its rounding error grows with depth.
+    With a share a of the short connections, x_i = v_i + a x_{i-1}, and the output is still v_0 + v_1 + ... + v_L: a = 1
+    is Residual (the same, app. D). The sum is kept in fp32 at least: in bf16 its rounding error grows with depth.
     """
+
+    short = 0.0  # a, which a run may bring down from 1 (train.anneal)
 
     @staticmethod
     def start(x: Tensor) -> State:
         return (x, x.to(torch.promote_types(x.dtype, torch.float32)))
 
-    def forward(self, state: State, y: Tensor) -> State:
-        return (y, state[1] + y)
+    def forward(self, state: State, block: Block) -> State:
+        x, total = state
+        y = block(x)
+        return (y + self.short * x if self.short else y, total + y)
 
     @staticmethod
     def readout(state: State) -> Tensor:
@@ -70,30 +73,118 @@ class AutoCompressing(Connectivity):
 
 
 class DetachedAutoCompressing(AutoCompressing):
-    """As AutoCompressing, but no gradient flows from a block into the one below it (Dorovatas et al. 2025, Fig. 2).
+    """As AutoCompressing, but no gradient flows from a block into the one below it (the same, Fig. 2).
 
     Each block then learns through its own direct path to the output alone. The first block still trains the embedding:
     a class token's readout would reach no patch directly.
     """
 
-    def forward(self, state: State, y: Tensor) -> State:
+    def forward(self, state: State, block: Block) -> State:
+        y = block(state[0])
         return (y.detach(), state[1] + y)
 
 
+class ScaledAutoCompressing(AutoCompressing):
+    """As AutoCompressing, with output x_0 + x_1 / sqrt(1) + ... + x_L / sqrt(L).
+
+    One factor for the whole sum, such as 1 / L, would change nothing: a LayerNorm in the head takes it out again.
+    """
+
+    def __init__(self, dim: int, index: int) -> None:
+        super().__init__(dim, index)
+        self.scale = (index + 1) ** -0.5
+
+    def forward(self, state: State, block: Block) -> State:
+        y = block(state[0])
+        return (y, state[1] + self.scale * y)
+
+
+class HybridAutoCompressing(AutoCompressing):
+    """x_i = v_i + g x_{i-1}, of sublayers, g learned, one for both of a block, 0.75 at first; output v_0 + ... + v_L.
+
+    H-ACN, from the code that the ACN's authors published beside arXiv 2506.09714. g = 1 is Residual, g = 0
+    AutoCompressing. A gate for each sublayer would leave the last one without use.
+    """
+
+    def __init__(self, dim: int, index: int) -> None:
+        super().__init__(dim, index)
+        self.gate = nn.Parameter(torch.tensor([0.75])) if index % 2 == 0 else None
+
+    def forward(self, state: State, block: Block) -> State:
+        x, total, *gate = state
+        if self.gate is not None:
+            gate = [self.gate.expand(x.shape[0], 1, 1)]
+        carried = gate[0] * x  # before the block: recomputing ends with it then, and ZeRO-3 does not drop its weights
+        y = block(x)
+        return (y + carried, total + y, *gate)
+
+
 class Highway(Connectivity):
-    """x_i = g f_i(x_{i-1}) + (1 - g) x_{i-1}, g = sigmoid(W x_{i-1} + b), b = -2 at first (Srivastava et al. 2015)."""
+    """x_i = g v_i + (1 - g) x_{i-1}, g = sigmoid(W x_{i-1} + b), b = -2 at first; output x_L.
+
+    Srivastava et al. 2015, arXiv 1505.00387.
+    """
 
     def __init__(self, dim: int, index: int) -> None:
         super().__init__(dim, index)
         self.gate = nn.Linear(dim, dim)
         nn.init.constant_(self.gate.bias, -2.0)
 
-    def forward(self, state: State, y: Tensor) -> State:
-        return (torch.lerp(state[0], y, self.gate(state[0]).sigmoid()),)
+    def forward(self, state: State, block: Block) -> State:
+        (x,) = state
+        return (torch.lerp(x, block(x), self.gate(x).sigmoid()),)
+
+
+class LayerScale(Connectivity):
+    """x_i = x_{i-1} + diag(s_i) v_i; output x_L (Touvron et al. 2021, arXiv 2103.17239).
+
+    s is 1e-4 at first, as in the ViTs of the same authors' DeiT III (arXiv 2204.07118).
+    """
+
+    def __init__(self, dim: int, index: int) -> None:
+        super().__init__(dim, index)
+        self.scale = nn.Parameter(torch.full((dim,), 1e-4))
+
+    def forward(self, state: State, block: Block) -> State:
+        return (state[0] + self.scale * block(state[0]),)
+
+
+class ReZero(Connectivity):
+    """x_i = x_{i-1} + a_i v_i, a_i = 0 at first; output x_L (Bachlechner et al. 2020, arXiv 2003.04887).
+
+    There it takes the place of LayerNorm, here it stands beside it: the blocks are those of the twins.
+    """
+
+    def __init__(self, dim: int, index: int) -> None:
+        super().__init__(dim, index)
+        self.scale = nn.Parameter(torch.zeros(1))
+
+    def forward(self, state: State, block: Block) -> State:
+        return (state[0] + self.scale * block(state[0]),)
+
+
+class ValueResidual(Connectivity):
+    """Residual round each sublayer, and from block 2 on attention takes (V_1 + V_i) / 2 for its values V_i; output x_L.
+
+    ResFormer (Zhou et al. 2024, arXiv 2410.17897). The sublayers are an attention, whose output comes with V_1, and an
+    MLP in turn.
+    """
+
+    def __init__(self, dim: int, index: int) -> None:
+        super().__init__(dim, index)
+        self.attends = index % 2 == 0
+
+    def forward(self, state: State, block: Block) -> State:
+        x, *values = state
+        if self.attends:
+            y, *values = block(x, *values)
+        else:
+            y = block(x)
+        return (x + y, *values)
 
 
 class Dense(Connectivity):
-    """x_i = W_i [v_0; ...; v_i], v_i = f_i(x_{i-1}), v_0 = x_0; output x_L (after Huang et al. 2017).
+    """x_i = W_i [v_0; ...; v_i]; output x_L (after Huang et al. 2017, arXiv 1608.06993).
 
     W_i starts as a row of identities: at first the pattern is Residual.
     """
@@ -108,13 +199,13 @@ class Dense(Connectivity):
     def start(x: Tensor) -> State:
         return (x, x)
 
-    def forward(self, state: State, y: Tensor) -> State:
-        outputs = (*state[1:], y)
+    def forward(self, state: State, block: Block) -> State:
+        outputs = (*state[1:], block(state[0]))
         return (self.mix(torch.cat(outputs, dim=-1)), *outputs)
 
 
 class DenseFormer(Connectivity):
-    """x_i = sum_j a_ij v_j, v_i = f_i(x_{i-1}), v_0 = x_0; output x_L (Pagliardini et al. 2024).
+    """x_i = sum_j a_ij v_j; output x_L (Pagliardini et al. 2024, arXiv 2402.02622).
 
     a_i starts as (0, ..., 0, 1): at first the pattern is Feedforward.
     """
@@ -127,10 +218,49 @@ class DenseFormer(Connectivity):
     def start(x: Tensor) -> State:
         return (x, x)
 
-    def forward(self, state: State, y: Tensor) -> State:
-        outputs = (*state[1:], y)
+    def forward(self, state: State, block: Block) -> State:
+        outputs = (*state[1:], block(state[0]))
         mixed = sum(weight * x for weight, x in zip(self.weight, outputs, strict=True))
         return (mixed, *outputs)
+
+
+class HyperConnections(Connectivity):
+    """H_i = A_i^T H_{i-1} + b_i v_i, v_i = f_i(a_i^T H_{i-1}), for streams H of (n, dim), n = 4, all x_0 at first.
+
+    Static hyper-connections (Zhu et al. 2024, arXiv 2409.19606, Eq. 2): A starts as the identity, b as ones, and a
+    picks stream i mod n, which is Residual. The output is the mean of the streams: the sum, but for a factor that the
+    head's LayerNorm takes out.
+    """
+
+    streams = 4
+
+    def __init__(self, dim: int, index: int) -> None:
+        super().__init__(dim, index)
+        identity = torch.eye(self.streams)
+        self.into = nn.Parameter(identity[index % self.streams].clone())  # a
+        self.across = nn.Parameter(identity.flatten())  # A, as a vector: without weight decay, as they all are there
+        self.out = nn.Parameter(torch.ones(self.streams))  # b
+
+    @staticmethod
+    def start(x: Tensor) -> State:
+        return (x[:, None].expand(-1, HyperConnections.streams, -1, -1),)
+
+    def forward(self, state: State, block: Block) -> State:
+        (streams,) = state
+        y = block(torch.einsum("n,bntd->btd", self.into, streams))
+        across = self.across.view(self.streams, self.streams)
+        return (torch.einsum("nm,bntd->bmtd", across, streams) + self.out[:, None, None] * y[:, None],)
+
+    @staticmethod
+    def readout(state: State) -> Tensor:
+        return state[0].mean(dim=1)
+
+
+class Through(Connectivity):
+    """Of blocks that join their own sublayers: the state goes through them, and they give the state after them."""
+
+    def forward(self, state: State, block: Block) -> State:
+        return block(state)
 
 
 CONNECTIVITY: dict[str, type[Connectivity]] = {
@@ -138,102 +268,31 @@ CONNECTIVITY: dict[str, type[Connectivity]] = {
     "residual": Residual,
     "acn": AutoCompressing,
     "acn_detached": DetachedAutoCompressing,
+    "acn_scaled": ScaledAutoCompressing,
+    "h_acn": HybridAutoCompressing,
     "highway": Highway,
+    "layer_scale": LayerScale,
+    "rezero": ReZero,
+    "layernorm_scaling": Residual,  # what is scaled is the LayerNorm of its blocks
+    "value_residual": ValueResidual,
     "dense": Dense,
     "denseformer": DenseFormer,
+    "hyper": HyperConnections,
 }
+# Variants of the residual network, which has a skip round each sublayer: they join the sublayers of all blocks.
+OF_SUBLAYERS = ("h_acn", "layer_scale", "rezero", "layernorm_scaling", "value_residual", "hyper")
 
 
 def patterns(connectivity: str, inner: str) -> tuple[str, str]:
     """The pattern between blocks and the one between a block's sublayers, with inner = "auto" resolved.
 
-    The standard residual transformer has a skip round each sublayer and none round the block; DenseFormer keeps
-    those skips inside its blocks; the others stand between blocks without skips.
+    The second is "through" where the first goes on through the blocks and joins their sublayers. The standard residual
+    transformer has a skip round each sublayer and none round the block; DenseFormer keeps those skips inside its
+    blocks; most others stand between blocks without skips.
     """
     if inner != "auto":
         return connectivity, inner
+    if connectivity in OF_SUBLAYERS:
+        return connectivity, "through"
     usual = {"residual": ("feedforward", "residual"), "denseformer": ("denseformer", "residual")}
     return usual.get(connectivity, (connectivity, "feedforward"))
-
-
-def drop(before: State, after: State, rate: float) -> State:
-    """Have each sample pass the block by with probability `rate`: its state stays what it was before.
-
-    Every block is computed all the same, so that all ranks gather the same weights. For patterns that carry x past the
-    block in a state of one tensor: residual and highway.
-    """
-    passes = torch.rand(len(after[0]), 1, 1, device=after[0].device) < rate
-    return (torch.where(passes, before[0], after[0]),)
-
-
-class Trunk(nn.Module):
-    """Blocks and the joins between them. A block is itself a Trunk of two sublayers with a pattern of its own.
-
-    A block is called as block(x, mask). `norms` follow each join (post-LN); they take patterns whose state is one
-    tensor: feedforward, residual, highway.
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[nn.Module],
-        connectivity: str,
-        dim: int,
-        *,
-        norms: Sequence[nn.Module] = (),
-        recompute: bool = False,
-    ) -> None:
-        super().__init__()
-        self.pattern = CONNECTIVITY[connectivity]
-        self.blocks = nn.ModuleList(blocks)
-        self.joins = nn.ModuleList(self.pattern(dim, index) for index in range(len(self.blocks)))
-        self.norms = nn.ModuleList(norms)
-        self.recompute = recompute
-        self.drop_rates: Sequence[float] = ()  # of each block, in training; empty: no block is dropped
-
-    def states(
-        self, x: Tensor, mask: Tensor | None = None, view: Callable[[State], Any] = lambda state: state
-    ) -> Readouts:
-        """x: (batch, tokens, dim) -> view(state) at depth 0, 1, ..., number of blocks.
-
-        What is sent to it, an index into the batch such as a (batch,) bool, picks the samples that go on.
-        """
-        state = self.pattern.start(x)
-        for index, (block, join) in enumerate(zip(self.blocks, self.joins, strict=True)):
-            keep = yield view(state)
-            if keep is not None:
-                state = tuple(part[keep] for part in state)
-                mask = mask if mask is None else mask[keep]
-            before = state
-            if self.recompute and self.training:
-                y = checkpoint(block, state[0], mask, use_reentrant=False)
-            else:
-                y = block(state[0], mask)
-            state = join(state, y)
-            if self.norms:
-                state = (self.norms[index](state[0]),)
-            if self.training and self.drop_rates:
-                state = drop(before, state, self.drop_rates[index])
-        yield view(state)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (batch, tokens, dim) -> (batch, tokens, dim)."""
-        *_, state = self.states(x, mask)
-        return self.pattern.readout(state)
-
-    def readouts(
-        self, x: Tensor, mask: Tensor | None = None, head: Callable[[Tensor], Tensor] = lambda x: x
-    ) -> Readouts:
-        """x: (batch, tokens, dim) -> head(output (batch, tokens, dim)) at each depth 0, 1, ..., in one pass.
-
-        Samples can leave on the way, as in states().
-        """
-        return self.states(x, mask, lambda state: head(self.pattern.readout(state)))
-
-    def truncate(self, depth: int) -> None:
-        """Drop the blocks above `depth`: forward(x) is then the former readouts(x)[depth].
-
-        Raises ValueError for a depth outside 0 ... number of blocks.
-        """
-        if not 0 <= depth <= len(self.blocks):
-            raise ValueError(f"depth {depth}: must be 0 to {len(self.blocks)}, the number of blocks")
-        self.blocks, self.joins, self.norms = self.blocks[:depth], self.joins[:depth], self.norms[:depth]

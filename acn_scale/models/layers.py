@@ -1,12 +1,15 @@
 """Sublayers, blocks and patch embedding that the models are built from, and their initial weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acn_scale.models.connectivity import Trunk
+from acn_scale.config import TrunkConfig
+from acn_scale.models.connectivity import patterns
+from acn_scale.models.trunk import Trunk
 
 EPS = 1e-6  # of LayerNorm in ViT and Mixer, as in timm and big_vision
 
@@ -15,26 +18,41 @@ class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017).
 
     `out_norm` adds a LayerNorm on the output, which the ACN authors' ViT code has and the paper does not mention.
+    `first_values`: the output is a pair with the values of the network's first attention, which later ones are given
+    and mix half and half into theirs (Zhou et al. 2024, arXiv 2410.17897).
     """
 
-    def __init__(self, dim: int, num_heads: int, *, dropout: float = 0.0, out_norm: bool = False) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, *, dropout: float = 0.0, out_norm: bool = False, first_values: bool = False
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.first_values = first_values
         self.dropout = dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.out_norm = nn.LayerNorm(dim, eps=EPS) if out_norm else nn.Identity()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (batch, tokens, dim), mask: (batch, tokens), False where nothing may look -> (batch, tokens, dim)."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, first: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x: (batch, tokens, dim), mask: (batch, tokens), False where nothing may look -> (batch, tokens, dim).
+
+        first, and the second output with `first_values`: (batch, num_heads, tokens, head_dim).
+        """
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, num_heads, tokens, head_dim)
+        if first is None:
+            first = v
+        else:
+            v = (first + v) / 2
         if mask is not None:
             mask = mask[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.out_norm(self.proj(x.transpose(1, 2).reshape(batch, tokens, dim)))
+        x = self.out_norm(self.proj(x.transpose(1, 2).reshape(batch, tokens, dim)))
+        return (x, first) if self.first_values else x
 
 
 class MLP(nn.Module):
@@ -72,18 +90,42 @@ class TokenMixing(nn.Module):
         return self.mlp(x.transpose(1, 2)).transpose(1, 2)
 
 
-class Sublayer(nn.Module):
-    """norm -> op -> dropout. With post-LN the norm stands in the Trunk, after the join, and is Identity here."""
+class ScaledLayerNorm(nn.LayerNorm):
+    """LayerNorm times a constant."""
 
-    def __init__(self, norm: nn.Module, op: nn.Module, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, *, eps: float, scale: float) -> None:
+        super().__init__(dim, eps=eps)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., dim) -> (..., dim)."""
+        return self.scale * super().forward(x)
+
+
+class Sublayer(nn.Module):
+    """norm -> op -> dropout. With post-LN the norm stands in the Trunk, after the join, and is Identity here.
+
+    `drop_path`: the probability that, in training, a sample's output is 0; those that stay are scaled up for it.
+    """
+
+    def __init__(self, norm: nn.Module, op: nn.Module, dropout: float = 0.0, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm = norm
         self.op = op
         self.dropout = nn.Dropout(dropout)
+        self.drop_path = drop_path
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (batch, tokens, dim), mask: (batch, tokens) or None -> (batch, tokens, dim)."""
-        return self.dropout(self.op(self.norm(x), mask))
+    def forward(self, x: Tensor, mask: Tensor | None = None, *more: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """x: (batch, tokens, dim), mask: (batch, tokens) or None -> (batch, tokens, dim).
+
+        What else is given goes to the op, and what else it gives comes with the output.
+        """
+        y = self.op(self.norm(x), mask, *more)
+        y, *rest = y if isinstance(y, tuple) else (y,)
+        y = self.dropout(y)
+        if self.drop_path and self.training:
+            y = y * F.dropout(y.new_ones(len(y), 1, 1), self.drop_path)
+        return (y, *rest) if rest else y
 
 
 class Wrapper(nn.Module):
@@ -103,15 +145,40 @@ class Wrapper(nn.Module):
         return self.norm(F.relu(self.proj(self.block(x, mask)) + x))
 
 
-def pre_norm_block(ops: Sequence[nn.Module], inner: str, dim: int, *, dropout: float = 0.0, eps: float = EPS) -> Trunk:
-    """A block of sublayers, each behind a LayerNorm of its own, joined by the pattern `inner`."""
-    return Trunk([Sublayer(nn.LayerNorm(dim, eps=eps), op, dropout) for op in ops], inner, dim)
+def build_trunk(
+    cfg: TrunkConfig,
+    build_ops: Callable[[], Sequence[nn.Module]],
+    *,
+    eps: float = EPS,
+    post_norm: bool = False,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
+) -> Trunk:
+    """cfg.depth blocks of `build_ops()` each, joined as the config says; `wrap` goes round every block.
 
-
-def post_norm_block(ops: Sequence[nn.Module], inner: str, dim: int, *, dropout: float, eps: float) -> Trunk:
-    """A block of sublayers, joined by the pattern `inner`, with a LayerNorm after each join (BERT's order)."""
-    norms = [nn.LayerNorm(dim, eps=eps) for _ in ops]
-    return Trunk([Sublayer(nn.Identity(), op, dropout) for op in ops], inner, dim, norms=norms)
+    A LayerNorm stands before each op, or with `post_norm` after its join (BERT's order). In block l = 1, ..., L, a
+    sample passes each sublayer by with probability l / L cfg.drop_path (stochastic depth, Huang et al. 2016, arXiv
+    1603.09382), and layernorm_scaling divides the LayerNorms' output by sqrt(l) (Sun et al. 2025, arXiv 2502.05795).
+    """
+    between, inner = patterns(cfg.connectivity, cfg.inner)
+    through = inner == "through"
+    blocks = []
+    for index in range(cfg.depth):
+        ops = build_ops()
+        scaled = "layernorm_scaling" in (between, inner)
+        norm = partial(ScaledLayerNorm, scale=(index + 1) ** -0.5) if scaled else nn.LayerNorm
+        norms = [norm(cfg.dim, eps=eps) for _ in ops]
+        before = [nn.Identity() for _ in ops] if post_norm else norms
+        drop_path = cfg.drop_path * (index + 1) / cfg.depth
+        sublayers = [Sublayer(norm, op, cfg.dropout, drop_path) for norm, op in zip(before, ops, strict=True)]
+        block = Trunk(
+            sublayers,
+            between if through else inner,
+            cfg.dim,
+            norms=norms if post_norm else (),
+            within=index * len(ops) if through else None,
+        )
+        blocks.append(wrap(block) if wrap else block)
+    return Trunk(blocks, between, cfg.dim, recompute=cfg.recompute, through=through)
 
 
 class PatchEmbed(nn.Module):
@@ -168,6 +235,7 @@ def sincos_positions(side: int, dim: int, temperature: float = 10_000.0) -> Tens
     return torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1)
 
 
+@torch.no_grad()
 def initialize(model: nn.Module, scheme: str) -> None:
     """Set the initial weights of a whole model, in place. Joins keep the start that their pattern defines.
 
@@ -175,6 +243,10 @@ def initialize(model: nn.Module, scheme: str) -> None:
     xavier   uniform (Glorot)     N(0, 0.02)                            0
     normal   N(0, 0.02)           N(0, 0.02)                            0
     torch    PyTorch's default    N(0, 1), as in the ACN authors' code  PyTorch's default
+
+    identity: as xavier, but for the maps that a block without skips is made of, which begin as the identity where they
+    are wide enough: W and its transpose of a random orthogonal W for an attention's values and projection, and
+    [W; -W] and [W' -W'] for an MLP ("looks linear", Balduzzi et al. 2017, arXiv 1702.08591): GELU(x) - GELU(-x) = x.
     """
     std = 1.0 if scheme == "torch" else 0.02
     for name, module in model.named_modules():
@@ -182,10 +254,10 @@ def initialize(model: nn.Module, scheme: str) -> None:
             continue
         if isinstance(module, nn.Linear | nn.Conv2d) and scheme != "torch":
             weight = module.weight.view(len(module.weight), -1)
-            if scheme == "xavier":
-                nn.init.xavier_uniform_(weight)
-            else:
+            if scheme == "normal":
                 nn.init.normal_(weight, std=std)
+            else:
+                nn.init.xavier_uniform_(weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -194,3 +266,13 @@ def initialize(model: nn.Module, scheme: str) -> None:
             for parameter in (module.cls_token, module.pos_embed):
                 if parameter is not None:
                     nn.init.normal_(parameter, std=std)
+    for module in model.modules() if scheme == "identity" else ():
+        if isinstance(module, Attention):
+            dim = len(module.proj.weight)
+            nn.init.orthogonal_(module.proj.weight)
+            module.qkv.weight[2 * dim :] = module.proj.weight.T
+        elif isinstance(module, MLP):
+            half, dim = len(module.fc1.weight) // 2, len(module.fc2.weight)
+            weight = nn.init.orthogonal_(module.fc1.weight.new_empty(half, dim))
+            module.fc1.weight[: 2 * half] = torch.cat([weight, -weight])
+            module.fc2.weight[:, : 2 * half] = torch.cat([weight.T, -weight.T], dim=1)

@@ -1,11 +1,12 @@
 """AC-Mixer and its residual twin: patches -> trunk -> LayerNorm -> pool -> classifier."""
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from acn_scale.config import MixerConfig
 from acn_scale.models.classifier import Classifier
-from acn_scale.models.connectivity import Trunk, patterns
-from acn_scale.models.layers import EPS, MLP, PatchEmbed, TokenMixing, Wrapper, initialize, pre_norm_block
+from acn_scale.models.layers import EPS, MLP, PatchEmbed, TokenMixing, Wrapper, build_trunk, initialize
 
 
 class MixerHead(nn.Module):
@@ -28,7 +29,6 @@ class Mixer(Classifier):
 
     def __init__(self, cfg: MixerConfig) -> None:
         super().__init__(cfg.label_smoothing)
-        between, inner = patterns(cfg.connectivity, cfg.inner)
         self.embed = PatchEmbed(
             image_size=cfg.image_size,
             patch_size=cfg.patch_size,
@@ -39,11 +39,9 @@ class Mixer(Classifier):
             dropout=cfg.dropout,
         )
 
-        def block() -> nn.Module:
-            ops = [TokenMixing(self.embed.num_tokens, cfg.token_dim), MLP(cfg.dim, cfg.channel_dim)]
-            mixing = pre_norm_block(ops, inner, cfg.dim, dropout=cfg.dropout)
-            return Wrapper(mixing, cfg.dim) if cfg.wrapper else mixing
+        def ops() -> list[nn.Module]:
+            return [TokenMixing(self.embed.num_tokens, cfg.token_dim), MLP(cfg.dim, cfg.channel_dim)]
 
-        self.trunk = Trunk([block() for _ in range(cfg.depth)], between, cfg.dim, recompute=cfg.recompute)
+        self.trunk = build_trunk(cfg, ops, wrap=partial(Wrapper, dim=cfg.dim) if cfg.wrapper else None)
         self.head = MixerHead(cfg)
         initialize(self, cfg.init)

@@ -4,8 +4,7 @@ from torch import Tensor, nn
 
 from acn_scale.config import ViTConfig
 from acn_scale.models.classifier import Classifier
-from acn_scale.models.connectivity import Trunk, patterns
-from acn_scale.models.layers import EPS, MLP, Attention, PatchEmbed, initialize, pre_norm_block
+from acn_scale.models.layers import EPS, MLP, Attention, PatchEmbed, build_trunk, initialize
 
 
 class ViTHead(nn.Module):
@@ -27,12 +26,16 @@ class ViT(Classifier):
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__(cfg.label_smoothing)
-        between, inner = patterns(cfg.connectivity, cfg.inner)
 
-        def block() -> nn.Module:
-            attention = Attention(cfg.dim, cfg.num_heads, dropout=cfg.dropout, out_norm=cfg.attention_norm)
-            mlp = MLP(cfg.dim, round(cfg.mlp_ratio * cfg.dim), bypass=cfg.mlp_bypass)
-            return pre_norm_block([attention, mlp], inner, cfg.dim, dropout=cfg.dropout)
+        def ops() -> list[nn.Module]:
+            attention = Attention(
+                cfg.dim,
+                cfg.num_heads,
+                dropout=cfg.dropout,
+                out_norm=cfg.attention_norm,
+                first_values=cfg.connectivity == "value_residual",
+            )
+            return [attention, MLP(cfg.dim, round(cfg.mlp_ratio * cfg.dim), bypass=cfg.mlp_bypass)]
 
         self.embed = PatchEmbed(
             image_size=cfg.image_size,
@@ -43,6 +46,6 @@ class ViT(Classifier):
             positions=cfg.positions,
             dropout=cfg.dropout,
         )
-        self.trunk = Trunk([block() for _ in range(cfg.depth)], between, cfg.dim, recompute=cfg.recompute)
+        self.trunk = build_trunk(cfg, ops)
         self.head = ViTHead(cfg)
         initialize(self, cfg.init)

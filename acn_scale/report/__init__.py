@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from matplotlib import rc_context
 from acn_scale.depth import depth_figure
 from acn_scale.distributed import local_device
 from acn_scale.errors import UserError
-from acn_scale.files import write_together
+from acn_scale.files import check_writable, write_together
 from acn_scale.report.numbers import report_numbers
 from acn_scale.report.page import page
 from acn_scale.report.subject import open_subjects
@@ -32,7 +31,7 @@ def depth_report(
         raise UserError(f"--tolerance {tolerance}: must be 0 to 100 points of accuracy")
     subjects = open_subjects(folders, data)
     out = out or subjects[0].folder / "report"
-    _check_writable(out)
+    check_writable(out)
     numbers = report_numbers(subjects, tolerance, local_device())
     picture = io.BytesIO()
     curves = {net["name"]: net["accuracy"] for net in numbers["networks"]}
@@ -48,10 +47,3 @@ def depth_report(
     lines += [f"TensorBoard:  {each.folder / 'tensorboard'}" for each in subjects if each.is_run]
     lines += [f"Report:       {out / 'report.html'}"]
     return summary(numbers) + "\n\n" + "\n".join(lines)
-
-
-def _check_writable(out: Path) -> None:
-    """Before an evaluation of hours."""
-    place = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise UserError(f"--out {out}: {place} is no folder that can be written to")

@@ -45,6 +45,12 @@ def interval(values: np.ndarray, point: float) -> tuple[float, float]:
     return min(low.item(), point), max(high.item(), point)
 
 
+def share_interval(share: float, samples: int, *, seed: int = 0) -> list[float]:
+    """Of a share (0..1) of samples: how many of a draw with replacement have what the share has is binomial."""
+    draws = np.random.default_rng(seed).binomial(samples, share, size=RESAMPLES) / samples
+    return list(interval(draws, share))
+
+
 def cut_at(accuracy: np.ndarray, means: np.ndarray, tolerance: float) -> Cut:
     """The cut-off of accuracy (samples, depths), with `means` from resample().
 

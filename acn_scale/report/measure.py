@@ -4,8 +4,9 @@ import copy
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from safetensors.torch import save
 from torch import nn
 
 from acn_scale.convert.network import Network
-from acn_scale.data.samples import Batch
 from acn_scale.data.stream import Evaluation
 from acn_scale.depth import batch_of, cost, scored
 from acn_scale.progress import bar
@@ -100,7 +100,7 @@ def _times(
     with next(net.model.parameters()).device:
         batch = batch_of(net.card.model, size, mask_ratio)
     del batch["labels"]
-    columns = _in_turns(cuts, batch, f"{name}: timing batch {size}")
+    columns = in_turns([partial(cut, **batch) for cut in cuts], f"{name}: timing batch {size}")
     full = statistics.median(columns[-1])
     rows = []
     for seconds in columns:
@@ -119,24 +119,24 @@ def cut_copy(model: nn.Module, depth: int) -> nn.Module:
 
 
 @torch.no_grad()
-def _in_turns(models: Sequence[nn.Module], batch: Batch, description: str) -> list[list[float]]:
-    """The seconds of each model's forward passes."""
+def in_turns(works: Sequence[Callable[[], Any]], description: str) -> list[list[float]]:
+    """The seconds that each of these takes, in rounds in which all have a turn, with a progress bar."""
 
-    def seconds(model: nn.Module) -> float:
+    def seconds(work: Callable[[], Any]) -> float:
         start = time.perf_counter()
-        model(**batch)
-        if next(model.parameters()).is_cuda:
+        work()
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for model in [*models] * WARM_UP:
-        seconds(model)
+    for work in [*works] * WARM_UP:
+        seconds(work)
     rounds = []
     start = time.perf_counter()
     for number in bar(range(ROUNDS[1]), description, ROUNDS[1], "round"):
         if number >= ROUNDS[0] and time.perf_counter() - start > SECONDS:
             break
-        rounds.append([seconds(model) for model in models])
+        rounds.append([seconds(work) for work in works])
     return [list(column) for column in zip(*rounds, strict=True)]
 
 

@@ -59,7 +59,7 @@ def _network(subject: Subject, tolerances: list[float], device: torch.device) ->
         "data": subject.data.eval,
         "fingerprint": index.fingerprint,
         "samples": len(readings.accuracy),
-        "metric": "accuracy on masked tokens" if text else "accuracy",
+        "metric": subject.metric,
         "mask_ratio": subject.data.mask_ratio if text else None,
         "unigram_loss": index.info.get("unigram_loss") if text else None,
         "accuracy": accuracy.tolist(),

@@ -1,12 +1,12 @@
 """What a report is about: a network, the shards to evaluate it on, and the run it comes from, if there is one."""
 
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acn_scale.checkpoint import STATE_NAME
-from acn_scale.config import DataConfig, EvalConfig, ImageDataConfig, TextDataConfig
+from acn_scale.config import DataConfig, EvalConfig, SentenceDataConfig, TextDataConfig
 from acn_scale.convert.export import is_export
 from acn_scale.convert.network import Card, Network
 from acn_scale.convert.sources import read_model
@@ -27,6 +27,16 @@ class Subject:
     network: Network
     data: DataConfig
     evaluation: Evaluation
+
+    @property
+    def slug(self) -> str:
+        """The name as that of a folder."""
+        return re.sub(r"\W+", "_", self.name).strip("_") or "network"
+
+    @property
+    def metric(self) -> str:
+        """What "accuracy" is of it."""
+        return "accuracy on masked tokens" if isinstance(self.data, TextDataConfig) else "accuracy"
 
 
 def open_subjects(folders: Sequence[Path], data: str | None) -> list[Subject]:
@@ -60,26 +70,22 @@ def _open(given: Path, data: str | None) -> Subject:
         name = f"{whole.parents[1].name}/{whole.name}" if checkpoint else whole.name
         is_run = True
     evaluation = evaluation_of(config, net.card.model, batch_size=batch_size)
-    if net.tokenizer is not None:
+    if net.tokenizer is not None and isinstance(config, TextDataConfig):
         _check_tokenizer(net.tokenizer, config)
     return Subject(name, given, folder, is_run, net, config, evaluation)
 
 
 def _data_of_export(folder: Path, card: Card, data: str | None) -> DataConfig:
-    """Images prepared as the export says; text masked as is usual, since an export does not say how its run did."""
+    """Images prepared and text masked as the export says; masked as is usual where it does not."""
     if data is None:
         raise UserError(f"{folder}: an export has no evaluation shards of its own; name some with --data DIR")
     if card.model.name == "bert":
         if card.model.num_classes:
-            raise UserError(f"{folder}: model.num_classes = {card.model.num_classes}: must be a masked language model")
-        return TextDataConfig(kind="text", train=data, eval=data)
-    images = card.images
-    if images is None:
+            return SentenceDataConfig(kind="sentences", train=data, eval=data, tokenizer=str(folder))
+        return TextDataConfig(kind="text", train=data, eval=data, **(card.masks.model_dump() if card.masks else {}))
+    if card.images is None:
         raise UserError(f"{folder}/config.json: images = null: must say how images are prepared")
-    if images.resize not in (None, math.floor(card.model.image_size / 0.875)):
-        raise UserError(f"{folder}/config.json: images.resize = {images.resize}: must be the image size / 0.875")
-    augment = "none" if images.resize is None else "crop_flip"
-    return ImageDataConfig(kind="images", train=data, eval=data, augment=augment, mean=images.mean, std=images.std)
+    return card.images.data(data)
 
 
 def _check_tokenizer(tokenizer: bytes, data: DataConfig) -> None:

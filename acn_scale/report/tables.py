@@ -71,5 +71,5 @@ def aligned(rows: list[list[str]]) -> str:
     lines = []
     for name, *cells in rows:
         padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=False))
-        lines.append("  ".join([name.ljust(widths[0]), *padded]))
+        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
     return "\n".join(lines)

@@ -1,0 +1,111 @@
+"""Do ACNs compress more? Depth curves of an ACN and its twin, and how the cut-off grows with the task."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from matplotlib.figure import Figure
+
+from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, per_cent, spread
+
+TWINS = ("acn", "residual")
+CLASSES = (2, 5, 10)
+# Dorovatas et al. 2025, sections 3 and 4: blocks that are needed.
+PUBLISHED = {
+    "depth-vit": {"acn": "6 of 12 (text; 7 by table 6), 70.76 %", "residual": "12 of 12, 70.74 %"},
+    "depth-bert": {"acn": "3 of 12 after fine-tuning", "residual": "12 of 12"},
+    "depth-mixer": {"acn-2": "8 of 16", "acn-5": "10 of 16", "acn-10": "12 of 16, 92.0 %"}
+    | {f"residual-{classes}": "16 of 16" + (", 90.3 %" if classes == 10 else "") for classes in CLASSES},
+}
+PAPER = {
+    "depth-vit": {"acn": "vit/ac_vit_b16.toml", "residual": "vit/residual_vit_b16.toml"},
+    "depth-bert": {"acn": "bert/ac_bert_base.toml", "residual": "bert/residual_bert_base.toml"},
+    "depth-mixer": {"acn": "mixer/ac_mixer_cifar10.toml", "residual": "mixer/residual_mixer_cifar10.toml"},
+}
+
+
+def twins(name: str, setting: Setting) -> list[Trial]:
+    """An ACN and its residual twin, at laptop scale with the same settings but the connectivity."""
+    if setting.scale == "paper":
+        return [Trial(each, CONFIGS / PAPER[name][each]) for each in TWINS]
+    config = CONFIGS / "studies" / f"{name.removeprefix('depth-')}.toml"
+    data = "text" if name == "depth-bert" else "images"
+    return [Trial(each, config, [f"model.connectivity={each}"], data) for each in TWINS]
+
+
+def by_classes(setting: Setting) -> list[Trial]:
+    """The twins on the first 2, 5 and 10 classes."""
+    found = []
+    for trial in twins("depth-mixer", setting):
+        for classes in CLASSES:
+            if setting.scale == "paper":
+                data = [f"data.{split}=data/cifar10_first{classes}/{split}" for split in ("train", "eval")]
+                values = [] if classes == 10 else [f"model.num_classes={classes}", *data]
+                found.append(Trial(f"{trial.name}-{classes}", trial.config, values))
+            else:
+                name, selection = f"{trial.name}-{classes}", {"first_classes": classes}
+                found.append(Trial(name, trial.config, trial.overrides, "images", selection))
+    return found
+
+
+def findings_of(name: str, runs: Mapping[str, Runs], setting: Setting) -> Findings:
+    """Depth curves, their cut-offs, and whether each ACN's is below its twin's on each seed."""
+    table = [["network", "accuracy (%)", f"cut-off within {TOLERANCE} points", "of", "published"]]
+    for trial, each in runs.items():
+        blocks = len(each.accuracy[0]) - 1
+        full = per_cent([curve[-1] for curve in each.accuracy])
+        table.append([trial, full, spread(each.cutoffs), str(blocks), PUBLISHED[name].get(trial, "")])
+    sentences = []
+    for trial, each in runs.items():
+        if trial.startswith("acn"):
+            sentences.append(_compared(trial, each, runs[trial.replace("acn", "residual")]))
+    grown = [fmean(runs[f"acn-{classes}"].cutoffs) for classes in CLASSES] if f"acn-{CLASSES[0]}" in runs else []
+    if grown:
+        grows = "grows" if grown == sorted(set(grown)) else "does not grow"
+        means = ", ".join(f"{value:.1f}" for value in grown)
+        sentences.append(f"The ACN's cut-off {grows} with the number of classes: {means} blocks for 2, 5 and 10.")
+    if setting.scale == "laptop":
+        sentences.append("The published values are of larger networks, other data and 100 to 700 epochs.")
+    return Findings(table, curves(runs), sentences)
+
+
+def _compared(name: str, acn: Runs, twin: Runs) -> str:
+    pairs = list(zip(acn.cutoffs, twin.cutoffs, strict=False))
+    below = sum(one < other for one, other in pairs)
+    gap = 100 * (acn.mean_accuracy[-1] - twin.mean_accuracy[-1])
+    where = f"{name.partition('-')[2]} classes: " if "-" in name else ""
+    return (
+        f"{where}the ACN's cut-off is below its twin's on {below} of {len(pairs)} seeds; its accuracy at full depth is "
+        f"{abs(gap):.1f} points {'higher' if gap >= 0 else 'lower'}."
+    )
+
+
+def curves(runs: Mapping[str, Runs]) -> Figure:
+    """Mean accuracy over depth, with the range over the seeds."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, each in runs.items():
+        columns: Sequence[tuple[float, ...]] = list(zip(*each.accuracy, strict=True))
+        style = "--" if name.startswith("residual") else "-"
+        (line,) = axes.plot([100 * fmean(column) for column in columns], style, marker=".", label=name)
+        low, high = ([100 * edge(column) for column in columns] for edge in (min, max))
+        axes.fill_between(range(len(columns)), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xlabel("depth (blocks)")
+    axes.set_ylabel("accuracy (%)")
+    axes.set_title("Readout at every depth: mean and range over seeds")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def depth_study(name: str, what: str) -> Study:
+    trials = by_classes if name == "depth-mixer" else lambda setting: twins(name, setting)
+    return Study(what, trials, lambda runs, setting: findings_of(name, runs, setting))
+
+
+STUDIES = {
+    "depth-vit": depth_study("depth-vit", "depth curves of AC-ViT and its residual twin"),
+    "depth-mixer": depth_study(
+        "depth-mixer", "depth curves on the first 2, 5 and 10 classes: the cut-off and the task"
+    ),
+    "depth-bert": depth_study("depth-bert", "depth curves of AC-BERT and its residual twin on masked tokens"),
+}

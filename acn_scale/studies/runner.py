@@ -1,0 +1,153 @@
+"""Runs of a study, as many at a time as there are cores, those that are finished never again; then its report."""
+
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from acn_scale.checkpoint import complete
+from acn_scale.config import Config
+from acn_scale.data.make_images import make_image_shards
+from acn_scale.data.make_text import make_text_shards, train_source_tokenizer
+from acn_scale.data.shards import ShardIndex
+from acn_scale.data.text_sources import TextSources
+from acn_scale.data.tokenizer import TOKENIZER_NAME
+from acn_scale.errors import UserError
+from acn_scale.files import write_together
+from acn_scale.report import aligned
+from acn_scale.runs import check_run_folder, read_json, run_folder
+from acn_scale.stopping import end_with_parent
+from acn_scale.studies.study import Findings, Runs, Setting, Study, Trial
+
+SMALL = 16  # pixels: laptop scale
+
+
+def reproduce(name: str, study: Study, setting: Setting, workers: int) -> str:
+    """Make the data, run what is missing, write report/<study>.md, .png and .json; return the report as text.
+
+    A run that fails does not stop the others; the report names it. Raises UserError.
+    """
+    trials = study.trials(setting)
+    configs = {trial.name: [trial.config_of(seed, setting, _data(trial, setting)) for seed in setting.seeds]
+               for trial in trials}  # fmt: skip
+    left = [cfg for runs in configs.values() for cfg in runs if not finished(cfg)]
+    for cfg in left:
+        check_run_folder(cfg)
+    failures = _run(name, left, workers)
+    done = {name: Runs([cfg for cfg in runs if finished(cfg)]) for name, runs in configs.items()}
+    if any(not runs.configs for runs in done.values()):
+        lost = next(name for name, runs in done.items() if not runs.configs)
+        raise UserError(f"{name}: no run of {lost} was finished: {next(iter(failures.values()), 'stopped')}")
+    return _write(name, study, setting, study.findings(done, setting), failures)
+
+
+def finished(cfg: Config) -> bool:
+    folder = run_folder(cfg)
+    checkpoints = complete(folder)
+    return bool(checkpoints) and checkpoints[-1].name == f"step_{read_json(folder / 'environment.json')['steps']:08d}"
+
+
+def _data(trial: Trial, setting: Setting) -> list[str]:
+    """Overrides that name the trial's shards, which are made where they are not there yet."""
+    if trial.data is None:
+        return []
+    root = setting.folder.parent / "data"
+    return _text(root / "pydoc") if trial.data == "text" else _images(root, trial, setting.data)
+
+
+def _text(folder: Path) -> list[str]:
+    """Of the language reference that comes with Python, as in the quickstart."""
+    source, tokenizer = TextSources(["pydoc"]), folder / "tokenizer"
+    if not (tokenizer / TOKENIZER_NAME).exists():
+        train_source_tokenizer(source, 1024, tokenizer, eval_share=0.1, character_coverage=1.0)
+    make_text_shards(source, tokenizer, folder, tokens=64)
+    return [f'data.train="{folder}/train"', f'data.eval="{folder}/eval"']
+
+
+def _images(root: Path, trial: Trial, source: str) -> list[str]:
+    part = "-".join(f"{key}={value}" for key, value in trial.selection.items()) or "all"
+    folder = root / re.sub(r"\W+", "_", source) / part
+    resize = None if source == "digits" else SMALL
+    for split in ("train", "eval"):
+        # All of the evaluation set, whatever is left out of the training set.
+        keys = {key: value for key, value in trial.selection.items() if split == "train" or key == "first_classes"}
+        make_image_shards(source, split, folder / split, workers=os.cpu_count() or 1, resize=resize, **keys)
+    info = ShardIndex.load(folder / "train").info
+    values = [f'data.train="{folder}/train"', f'data.eval="{folder}/eval"']
+    values.append(f"model.num_classes={len(info['classes'])}")
+    if resize:
+        values += [f"model.image_size={SMALL}", "model.patch_size=4", f"model.channels={len(info['mean'])}"]
+    return values
+
+
+def _run(name: str, configs: Sequence[Config], workers: int) -> dict[str, str]:
+    """Returns why those failed that did, by run."""
+    failures: dict[str, str] = {}
+    if not configs:
+        return failures
+    bar = tqdm(total=len(configs), desc=name, unit="run", mininterval=0.5 if sys.stderr.isatty() else 20)
+    # One thread each; started anew, since a process that has trained may hold locks that a fork would copy.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(min(workers, len(configs)), get_context("spawn"), initializer=_quiet) as pool:
+        waiting = {pool.submit(_train, cfg.model_dump(mode="json")): cfg for cfg in configs}
+        for future in as_completed(waiting):
+            error = future.exception()
+            if error is not None:
+                failures[waiting[future].run.name] = str(error).splitlines()[0] if str(error) else repr(error)
+            bar.update()
+    bar.close()
+    return failures
+
+
+def _quiet() -> None:
+    """The study has one bar of its own; each run's log is in its folder."""
+    end_with_parent()
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _train(values: dict[str, Any]) -> None:
+    """In a process of a pool: one run, alone."""
+    from acn_scale import distributed
+    from acn_scale.pretrain import train
+
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(variable, None)
+    with distributed.process_group() as device:
+        if not train(Config.model_validate(values), device):
+            raise UserError("stopped by a signal")
+
+
+def _write(name: str, study: Study, setting: Setting, findings: Findings, failures: Mapping[str, str]) -> str:
+    where = f"{setting.scale} scale, {setting.data}, seeds {', '.join(map(str, setting.seeds))}"
+    lines = [*findings.sentences, *(f"failed: {run}: {reason}" for run, reason in failures.items())]
+    text = f"# {name}: {study.what}\n\n{where}\n\n{_markdown(findings.table)}\n\n" + "\n".join(
+        f"- {line}" for line in lines
+    )
+    picture = io.BytesIO()
+    findings.figure.savefig(picture, dpi=150, format="png")
+    values = {"study": name, "setting": where, "table": findings.table, "sentences": lines}
+    files = {
+        f"{name}.md": f"{text}\n\n![{name}]({name}.png)\n".encode(),
+        f"{name}.png": picture.getvalue(),
+        f"{name}.json": (json.dumps(values, indent=1) + "\n").encode(),
+    }
+    folder = setting.folder / "report"
+    write_together(folder, files)
+    return (
+        f"{aligned(findings.table)}\n\n"
+        + "\n".join(lines)
+        + f"\n\nReport:   {folder / name}.md\nPicture:  {folder / name}.png"
+    )
+
+
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    rows = [table[0], ["---"] * len(table[0]), *table[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,0 +1,103 @@
+"""What a study is: runs that differ in one thing, and what is read off them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Literal
+
+from matplotlib.figure import Figure
+
+from acn_scale.cli import load_config
+from acn_scale.config import Config
+from acn_scale.depth import cutoff
+from acn_scale.runs import read_metrics, read_result, run_folder
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TOLERANCE = 0.5  # points that the cut-off may lose
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a study is run. `data`: "digits", or a source of images such as cifar:FOLDER."""
+
+    scale: Literal["laptop", "paper"]
+    seeds: Sequence[int]
+    data: str
+    folder: Path  # of all its runs and its report
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One variant of a study, over the seeds. `name` tells it among the others."""
+
+    name: str
+    config: Path
+    overrides: Sequence[str] = ()
+    data: Literal["images", "text"] | None = None  # that the study makes; None: what the config names
+    selection: Mapping[str, int] = field(default_factory=dict)  # of the images: first_classes, per_class
+
+    def config_of(self, seed: int, setting: Setting, data: Sequence[str]) -> Config:
+        """`data`: overrides that say where the shards are and what images they hold."""
+        run = [f'run.dir="{setting.folder}"', f'run.name="{self.name}/seed={seed}"', f"run.seed={seed}"]
+        return load_config(self.config, [*data, *self.overrides, *run])
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a study's report says. The first row of the table is its head."""
+
+    table: Sequence[Sequence[str]]
+    figure: Figure
+    sentences: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Study:
+    """`trials` depends on the scale; `findings` gets the finished runs of each trial, by its name."""
+
+    what: str
+    trials: Callable[[Setting], Sequence[Trial]]
+    findings: Callable[[Mapping[str, "Runs"], Setting], Findings]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The finished runs of one trial, a seed each, by their order."""
+
+    configs: Sequence[Config]
+
+    @property
+    def accuracy(self) -> list[list[float]]:
+        """0..1 at depth 0, 1, ... of the last evaluation, for each seed."""
+        return [read_result(run_folder(cfg)).accuracy for cfg in self.configs]
+
+    @property
+    def mean_accuracy(self) -> list[float]:
+        return [fmean(column) for column in zip(*self.accuracy, strict=True)]
+
+    @property
+    def cutoffs(self) -> list[int]:
+        return [cutoff(curve, TOLERANCE) for curve in self.accuracy]
+
+    def last(self, metric: str) -> list[float]:
+        """The last value of a metric in each run; for speeds and memory, see metrics.jsonl."""
+        return [[line[metric] for line in read_metrics(run_folder(cfg)) if metric in line][-1] for cfg in self.configs]
+
+    def median(self, metric: str) -> list[float]:
+        """Over each run."""
+        found = []
+        for cfg in self.configs:
+            values = sorted(line[metric] for line in read_metrics(run_folder(cfg)) if metric in line)
+            found.append(values[len(values) // 2])
+        return found
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean, and deviation where there are several."""
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{deviation}"
+
+
+def per_cent(values: Sequence[float]) -> str:
+    return spread([100 * value for value in values])

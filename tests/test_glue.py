@@ -1,0 +1,341 @@
+"""GLUE: files in, shards, batches of like length, metrics as scikit-learn has them, the server's files out."""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import Ranks
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+
+from acn_scale.cli import load_config
+from acn_scale.config import BertConfig
+from acn_scale.convert.export import write_export
+from acn_scale.convert.network import Card, Network
+from acn_scale.data import build_stream
+from acn_scale.data.encoders import load_encoder
+from acn_scale.data.make_glue import make_glue_shards
+from acn_scale.data.make_text import train_source_tokenizer
+from acn_scale.data.order import BucketedOrder
+from acn_scale.data.text_sources import TextSources
+from acn_scale.data.tokenizer import CLS, SEP
+from acn_scale.distributed import local_device
+from acn_scale.downstream.metrics import OF_COUNTS, measure
+from acn_scale.downstream.source import completed
+from acn_scale.downstream.table import paired, results_table
+from acn_scale.downstream.tasks import evaluate_task
+from acn_scale.downstream.text_noise import drop_words, swap_characters, text_noise
+from acn_scale.errors import UserError
+from acn_scale.models import build_model
+from acn_scale.pretrain import train
+from acn_scale.results import read_measurements
+from acn_scale.runs import run_folder
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "configs/glue/paper.toml"
+WORDS = ["for", "in", "is", "the", "not", "a", "class", "def", "return", "object", "none", "value", "names", "of"]
+
+
+def sentence(random: np.random.Generator, most: int = 12) -> str:
+    return " ".join(random.choice(WORDS, random.integers(1, most)))
+
+
+def write(path: Path, rows: Sequence[Sequence[Any]], mark: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(mark + "".join("\t".join(map(str, row)) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four tasks in the official layout, of few rows; 53 of them in each evaluation set."""
+    folder, random = tmp_path_factory.mktemp("glue_data"), np.random.default_rng(0)
+    for split, count in (("train", 150), ("dev", 53)):
+        texts = [sentence(random) for _ in range(count)]
+        write(folder / "CoLA" / f"{split}.tsv", [("gj04", int("not" in text), "", text) for text in texts])
+        pairs = [(sentence(random), sentence(random)) for _ in range(count)]
+        rows = [(int(len(one) > len(two)), 1, 2, one, two) for one, two in pairs]
+        write(
+            folder / "MRPC" / f"{split}.tsv", [("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"), *rows], "\ufeff"
+        )
+        rows = [(place, one, two, f"{min(5, len(one) / 12):.3f}") for place, (one, two) in enumerate(pairs)]
+        write(folder / "STS-B" / f"{split}.tsv", [("index", "sentence1", "sentence2", "score"), *rows])
+        labels = [("entailment", "neutral", "contradiction")[len(one) % 3] for one, _ in pairs]
+        rows = [(place, one, two, label) for place, ((one, two), label) in enumerate(zip(pairs, labels, strict=True))]
+        name = "train" if split == "train" else "dev_matched"
+        write(folder / "MNLI" / f"{name}.tsv", [("index", "sentence1", "sentence2", "gold_label"), *rows])
+    pairs = [(sentence(random), sentence(random)) for _ in range(17)]
+    tests = [(place, *pair) for place, pair in enumerate(pairs)]
+    write(folder / "STS-B/test.tsv", [("index", "sentence1", "sentence2"), *tests])
+    write(folder / "MNLI/test_matched.tsv", [("index", "sentence1", "sentence2"), *tests])
+    write(folder / "diagnostic/diagnostic.tsv", [("index", "sentence1", "sentence2"), *tests])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("glue")
+    make_glue_shards(f"tsv:{files}", ["cola", "mrpc", "stsb", "mnli", "ax"], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of a masked language model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("encoder")
+    train_source_tokenizer(TextSources(["pydoc"]), 300, folder / "tokenizer")
+    torch.manual_seed(0)
+    cfg = BertConfig(name="bert", connectivity="acn", vocab_size=300, max_tokens=40, depth=2, dim=16, num_heads=2)
+    model = build_model(cfg).eval().requires_grad_(False)
+    (folder / "export").mkdir()
+    content = (folder / "tokenizer/tokenizer.model").read_bytes()
+    write_export(Network(model, Card(model=cfg, source="here", full_depth=2), content), folder / "export", "fp32")
+    return folder / "export"
+
+
+def fine_tuning(tmp_path: Path, encoder: Path, shards: Path, task: str, *overrides: str) -> Any:
+    values = [f"run.dir={tmp_path}", f"run.name={task}", f"train.init_from={encoder}", "optim.lr=3e-3"]
+    values += [f"data.{split}={shards / task / split}" for split in ("train", "eval")]
+    return load_config(RECIPE, [*values, "train.length=1ep", "train.global_batch_size=16", *overrides], completed)
+
+
+def fine_tune(cfg: Any) -> None:
+    """On every rank."""
+    device = local_device()
+    assert train(cfg, device)
+    evaluate_task(run_folder(cfg), device)
+
+
+def evaluated(folder: Path) -> None:
+    """On every rank."""
+    evaluate_task(folder, local_device())
+
+
+def complaint(source: Path, data: str) -> str:
+    with pytest.raises(UserError) as error:
+        evaluate_task(source, local_device(), data=data)
+    return str(error.value)
+
+
+def written(path: Path) -> dict[str, np.ndarray]:
+    with path.open() as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+
+
+SKLEARN = {
+    "accuracy": sklearn_metrics.accuracy_score,
+    "f1": sklearn_metrics.f1_score,
+    "matthews": sklearn_metrics.matthews_corrcoef,
+    "pearson": lambda labels, said: stats.pearsonr(labels, said).statistic,
+    "spearman": lambda labels, said: stats.spearmanr(labels, said).statistic,
+}
+
+
+@pytest.mark.parametrize("task", ["mrpc", "stsb", "mnli"])
+def test_metrics_are_those_of_the_written_predictions(
+    one_rank: Ranks, two_ranks: Ranks, encoder: Path, shards: Path, tmp_path: Path, task: str
+) -> None:
+    """At every depth; on two ranks the same to the last digit, though nothing divides the number of samples."""
+    cfg = fine_tuning(tmp_path, encoder, shards, task, "eval.batch_size=7")
+    one_rank(fine_tune, cfg)
+    folder = run_folder(cfg)
+    found = [each for each in read_measurements(folder) if each.task == task]
+    predictions = written(folder / "eval/predictions" / f"{task}.tsv")
+    assert {each.depth for each in found} == {0, 1, 2}
+    assert predictions["sample"].tolist() == list(range(53))
+    for each in found:
+        said = predictions[f"depth_{each.depth:02d}"]
+        if np.ptp(said) > 0:  # all the same: not defined there, 0 here
+            assert each.value == pytest.approx(SKLEARN[each.metric](predictions["label"], said), abs=1e-12)
+        assert each.interval[0] <= each.value <= each.interval[1]
+        assert each.samples == 53
+    before = {path: path.read_bytes() for part in ("eval", "submission") for path in folder.glob(f"{part}/**/*.*")}
+    two_ranks(evaluated, folder)
+    assert {path: path.read_bytes() for path in before} == before
+    if task == "mnli":  # whose network answers the diagnostic set too
+        for name in ("MNLI-m", "AX"):
+            lines = (folder / "submission" / f"{name}.tsv").read_text().splitlines()
+            assert lines[0] == "index\tprediction"
+            assert [line.split("\t")[0] for line in lines[1:]] == list(map(str, range(17)))
+            assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "neutral", "contradiction"}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=2, max_size=40), st.sampled_from([2, 3]))
+def test_metrics_of_counts_are_scikit_learns(pairs: list[tuple[int, int]], classes: int) -> None:
+    labels, said = (np.array(column) % classes for column in zip(*pairs, strict=True))
+    for name in OF_COUNTS:
+        if name == "f1" and classes == 3:
+            continue
+        extra = {"zero_division": 0.0} if name == "f1" else {}
+        value, (low, high) = measure(name, labels, said, classes)
+        assert value == pytest.approx(SKLEARN[name](labels, said, **extra), abs=1e-9)
+        assert low <= value <= high
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
+    """Of networks that are right in 80 % of all cases."""
+    random, covered = np.random.default_rng(1), 0
+    for trial in range(200):
+        labels = random.integers(2, size=300)
+        said = np.where(random.random(300) < 0.8, labels, 1 - labels)
+        _, (low, high) = measure("accuracy", labels, said, 2, seed=trial)
+        covered += low <= 0.8 <= high
+    assert 180 <= covered <= 199
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(1, 9), st.integers(1, 3), st.integers(0, 3))
+def test_buckets_change_the_order_alone(sizes: list[int], batch: int, streams: int, epoch: int) -> None:
+    """Each sample comes once an epoch; a batch inside of it holds neighbours by length among those of its chunk."""
+    total = sum(sizes)
+    lengths = np.random.default_rng(0).integers(1, 100, total)
+    order = BucketedOrder(np.array(sizes), lengths=lengths, batch=batch, seed=3, streams=streams, window=7)
+    first = np.concatenate([[0], np.cumsum(sizes)])
+    found = [int(first[shard] + number) for shard, number in (order.locate(epoch, place) for place in range(total))]
+    assert sorted(found) == list(range(total))
+    start = -(epoch * total) % batch
+    batches = [found[place : place + batch] for place in range(start, total - batch + 1, batch)]
+    if len(batches) <= order.BUCKETS:  # one chunk
+        spans = sorted((min(lengths[part]), max(lengths[part])) for part in batches)
+        assert all(one[1] <= two[0] for one, two in pairwise(spans))
+
+
+def test_padding_changes_no_prediction(encoder: Path, shards: Path, tmp_path: Path) -> None:
+    """And buckets leave little of it."""
+    padded = {}
+    for buckets in ("true", "false"):
+        cfg = fine_tuning(tmp_path, encoder, shards, "mrpc", f"data.buckets={buckets}")
+        stream = build_stream(cfg)
+        batches = [next(stream) for _ in range(9)]
+        padded[buckets] = sum(int((~batch["mask"]).sum()) for batch in batches)
+    assert padded["true"] < 0.6 * padded["false"]
+    model = build_model(cfg.model).eval()
+    batch = batches[0]
+    with torch.no_grad():
+        together = model(**{name: batch[name] for name in ("tokens", "segments", "mask")})["logits"]
+        for row, mask in enumerate(batch["mask"]):
+            alone = {name: batch[name][row : row + 1, : int(mask.sum())] for name in ("tokens", "segments")}
+            torch.testing.assert_close(model(**alone)["logits"][0], together[row], rtol=0, atol=1e-5)
+
+
+def test_sequences_are_those_of_transformers(encoder: Path, tmp_path: Path) -> None:
+    """For a WordPiece vocabulary: ids and segments, of single texts and of pairs, cut where they are too long."""
+    from transformers import BertTokenizerFast
+
+    random = np.random.default_rng(2)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *"abcdefghijklmnopqrstuvwxyz", "##s", "##ing", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(piece.lower() if piece in WORDS else piece for piece in pieces))
+    theirs = BertTokenizerFast.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "saved")
+    for folder in (tmp_path, tmp_path / "saved"):
+        ours = load_encoder(folder)
+        for _ in range(40):
+            texts = tuple(sentence(random, 30) + " Classes." for _ in range(random.integers(1, 3)))
+            expected = theirs(*texts, truncation="longest_first", max_length=24)
+            assert ours.sequence(texts, 24) == (expected["input_ids"], expected["token_type_ids"])
+    ids, segments = load_encoder(encoder).sequence(("for a value", "in names"), 40)
+    assert (ids[0], ids[-1], ids.count(SEP)) == (CLS, SEP, 2)
+    assert segments == sorted(segments)
+
+
+def test_noise_is_of_the_sample_alone() -> None:
+    text = sentence(np.random.default_rng(5), 40) + " statement"
+    for change in (swap_characters, drop_words):
+        one, two = (change(text, np.random.default_rng(7), 0.5) for _ in range(2))
+        assert one == two != text
+        assert change(text, np.random.default_rng(7), 0.0) == text
+    assert sorted(swap_characters(text, np.random.default_rng(1), 1.0)) == sorted(text)
+    assert len(drop_words(text, np.random.default_rng(1), 1.0).split()) == 1
+    for name in ("swap", "swap_2", "burn_0.1"):
+        with pytest.raises(UserError, match=f"--noise {name}"):
+            text_noise(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        ("dev", [("index", "sentence1", "score"), (0, "a", 1)], "dev.tsv: line 1: has no column 'sentence2'"),
+        ("dev", [("sentence1", "sentence2", "score")], "dev.tsv: holds no rows"),
+        ("dev", [("sentence1", "sentence2", "score"), ("a", "b", "6")], "line 2: score = '6': must be a number from 0"),
+        ("train", [("sentence1", "sentence2", "score"), ("a", "b", "x")], "train.tsv: line 2: score = 'x'"),
+        ("train", [("sentence1", "sentence2", "score"), *[("a", "b")] * 3], "train.tsv: line 2: 2 of 3 columns, and 2"),
+    ],
+)  # fmt: skip
+def test_bad_files_are_named_with_their_line(
+    files: Path, tmp_path: Path, name: str, rows: list[tuple], message: str
+) -> None:
+    for split in ("train", "dev"):
+        write(tmp_path / f"STS-B/{split}.tsv", [("sentence1", "sentence2", "score"), ("a", "b", 1.5)])
+    write(tmp_path / f"STS-B/{name}.tsv", rows)
+    with pytest.raises(UserError, match=r"\.tsv: ") as error:
+        make_glue_shards(f"tsv:{tmp_path}", ["stsb"], tmp_path / "out")
+    assert message in str(error.value)
+    assert not (tmp_path / f"out/stsb/{'eval' if name == 'dev' else 'train'}/index.json").exists()
+
+
+def test_what_does_not_fit_is_refused(encoder: Path, shards: Path, tmp_path: Path) -> None:
+    cases = {
+        "data.max_tokens = 64: model.max_tokens = 40": ["data.max_tokens=64"],
+        "data.tokenizer = nowhere": ["data.tokenizer=nowhere"],
+        "data.train = nowhere|nowhere/index.json": ["data.train=nowhere"],
+        "holds no complete checkpoint": [f"train.init_from={tmp_path}"],
+    }
+    for message, overrides in cases.items():
+        with pytest.raises(UserError, match=message):
+            fine_tuning(tmp_path, encoder, shards, "mrpc", *overrides)
+    other = fine_tuning(tmp_path, encoder, shards, "mrpc", f"data.train={shards}/mnli/train", "model.num_classes=2")
+    with pytest.raises(UserError, match="has 3 classes"):
+        build_stream(other)
+
+
+def test_a_network_of_another_kind_is_refused(two_ranks: Ranks, encoder: Path, shards: Path) -> None:
+    """On all ranks, with the same words."""
+    messages = two_ranks(complaint, encoder, str(shards / "mrpc/eval"))
+    assert messages == [f"{encoder}: must be a classifier of texts"] * 2
+
+
+def test_results_over_seeds(tmp_path: Path) -> None:
+    """Mean, deviation and the paired test are numpy's and scipy's; what failed is named."""
+    scores = {"acn": [[0.5, 0.90, 0.902], [0.5, 0.80, 0.802]], "twin": [[0.5, 0.6, 0.85], [0.5, 0.6, 0.81]]}
+    for network, curves in scores.items():
+        for seed, curve in enumerate(curves):
+            lines = [{"task": "rte", "metric": "accuracy", "value": value, "depth": depth, "seed": seed}
+                     for depth, value in enumerate(curve)]  # fmt: skip
+            path = tmp_path / network / f"seed={seed}/eval/rte.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(lines))
+    (tmp_path / "twin/seed=2").mkdir()
+    (tmp_path / "twin/seed=2/environment.json").write_text("{}")
+    text = results_table([tmp_path / "acn", tmp_path / "twin"], table=tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open() as file:
+        acn, twin = csv.DictReader(file)
+    last = {name: [curve[-1] for curve in curves] for name, curves in scores.items()}
+    assert float(acn["mean"]) == pytest.approx(100 * np.mean(last["acn"]))
+    assert float(acn["deviation"]) == pytest.approx(100 * np.std(last["acn"], ddof=1))
+    assert (acn["cutoff"], twin["cutoff"], acn["p"]) == ("1", "2", "")
+    assert float(twin["p"]) == pytest.approx(stats.ttest_rel(last["twin"], last["acn"]).pvalue)
+    assert f"failed: {tmp_path}/twin/seed=2: not finished, or not evaluated" in text
+    assert paired([(0.5, 0.4)]) is None
+    with pytest.raises(UserError, match="holds no results"):
+        results_table([tmp_path / "acn/seed=0/eval"])
+
+
+def test_a_network_of_a_grid_counts_by_its_best_settings(
+    one_rank: Callable, encoder: Path, shards: Path, tmp_path: Path
+) -> None:
+    for lr in ("1e-4", "3e-3"):
+        cfg = fine_tuning(tmp_path, encoder, shards, "cola", f"optim.lr={lr}", f"run.name=grid/lr={lr}")
+        one_rank(fine_tune, cfg)
+    text = results_table([tmp_path / "grid"])
+    assert "(best of 2)" in text
+    rows = {path.parent.name: read_measurements(path) for path in tmp_path.glob("grid/*/")}
+    assert len(text.splitlines()) == 2 + 2 + 2, rows
