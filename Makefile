@@ -21,7 +21,7 @@ quickstart-bert: data/pydoc/train/index.json data/pydoc/eval/index.json
 test: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist worksteal
 
 clean:
 	rm -rf runs data .venv

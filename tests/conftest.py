@@ -19,6 +19,11 @@ from acn_scale.data.make_images import make_image_shards
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First of all the longest, which mostly waits."""
+    items.sort(key=lambda item: item.path.name != "test_slurm.py")
+
+
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[Ranks]:
     ranks = Ranks(1)

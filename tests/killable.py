@@ -1,24 +1,17 @@
-"""The real entry point in processes that a test can kill, and what each of them has trained on.
-
-They are forked from a server that has imported everything: starting DeepSpeed takes seconds, a fork does not.
-"""
+"""The real entry point in processes that a test can kill, and what each of them has trained on."""
 
 import json
-import multiprocessing
 import os
 import random
 import sys
 import time
 from collections.abc import Sequence
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forked
 from made import numbers_in
 
 PATIENCE = 120  # seconds for one start
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["acn_scale.pretrain"])
 
 
 class Start:
@@ -28,12 +21,9 @@ class Start:
         """`hang`: a rank, and the micro batch that it waits for without end."""
         self.record = record
         port = random.randint(20_000, 30_000)
-        self.processes: list[BaseProcess] = [
-            _context.Process(target=_pretrain, args=(arguments, record, rank, ranks, port, hang))
-            for rank in range(ranks)
+        self.processes = [
+            forked.process(_pretrain, arguments, record, rank, ranks, port, hang) for rank in range(ranks)
         ]
-        for process in self.processes:
-            process.start()
 
     def after(self, batches: int) -> None:
         """Wait for so many more micro batches, or for the end of a rank."""

@@ -2,14 +2,13 @@
 
 import hashlib
 import io
-import signal
-import subprocess
-import sys
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import forked
 import webdataset as wds
 from PIL import Image
 from torch import Tensor
@@ -81,12 +80,13 @@ def hashes(folder: Path) -> list[str]:
 
 def run_killed(arguments: list[str], shards: Path, seen: int) -> None:
     """Run a tool and kill it as soon as it has written so many shards."""
-    process = subprocess.Popen([sys.executable, *arguments], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    nowhere = Path(os.devnull)
+    process = forked.start(*arguments, cwd=Path(__file__).parents[1], out=nowhere, errors=nowhere)
     while len(list(shards.glob("*.tar"))) < seen:
-        assert process.poll() is None, "it was done before it could be killed"
+        assert process.exitcode is None, "it was done before it could be killed"
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
 
 
 def record_of(out: Path, shard: Path) -> Path:

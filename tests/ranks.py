@@ -1,6 +1,5 @@
-"""Long-lived ranks for tests: real processes in a real gloo group, since starting DeepSpeed takes seconds."""
+"""Long-lived ranks for tests: real processes in a real gloo group."""
 
-import multiprocessing
 import os
 import socket
 import traceback
@@ -8,6 +7,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import forked
 import torch
 
 PATIENCE = 400  # seconds for one call
@@ -25,14 +25,11 @@ class Ranks:
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             port = server.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
         for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.world_size, port))
-            process.start()
+            ours, theirs = forked.Pipe()
             self.pipes.append(ours)
-            self.processes.append(process)
+            self.processes.append(forked.process(_serve, theirs, rank, self.world_size, port))
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         for pipe in self.pipes:

@@ -1,14 +1,12 @@
 """Configs and the command line: strict, typed, and every mistake in one line."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 from pydantic import ValidationError
 
@@ -169,8 +167,7 @@ def test_batches_that_do_not_divide(vit: Callable[..., Config]) -> None:
 def test_mistakes_leave_nothing_behind(tiny: Path) -> None:
     """Exit code 2, one line, no folder: for a bad key, and for shards that are not there."""
     for override, line in (("optim.lrr=1", "optim.lrr: no such key"), ("run.name=x", "train/index.json: No such file")):
-        arguments = [sys.executable, pretrain.__file__, "--config", tiny.name, override]
-        done = subprocess.run(arguments, cwd=tiny.parent, capture_output=True, text=True, env=os.environ)
+        done = forked.command(pretrain.__file__, "--config", tiny.name, override, cwd=tiny.parent)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
         assert line in done.stderr

@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -195,8 +194,8 @@ def test_refused_checkpoints(
     assert "its sha256 is not the one in state.json" in complaint(folder, out)
     part.unlink()
     assert f"{part}: No such file" in complaint(checkpoint, out)
-    command = [sys.executable, str(CONVERT), str(folder), "--to", "safetensors", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [CONVERT, folder, "--to", "safetensors", "--out", out]
+    done = forked.command(*command)
     warning, error = done.stderr.splitlines()
     assert (done.returncode, out.exists()) == (2, False)
     assert warning.startswith(f"{checkpoint.name} is damaged and passed over: {part}: ")
@@ -204,7 +203,7 @@ def test_refused_checkpoints(
     part.write_bytes(whole)
     shutil.copytree(checkpoint, checkpoint.with_name("step_00000003"))
     flip(checkpoint.with_name("step_00000003") / part.name)
-    done = subprocess.run([*command, "--tolerance", "100"], capture_output=True, text=True)
+    done = forked.command(*command, "--tolerance", 100)
     assert "step_00000003 is damaged and passed over: " in done.stderr
     assert done.stdout.startswith(f"{out}: vit, acn, 1 of 3 blocks, ")
     card = read_model(out).card

@@ -1,14 +1,13 @@
 """Early exit: each sample as if it were alone, the trade-off as it then is, and training for it that can be resumed."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,8 +179,7 @@ def test_evaluate_a_run(one_rank: Callable, vit: Callable[..., Config], tmp_path
     one_rank(run, cfg)
     folder = run_folder(cfg)
     out = tmp_path / "numbers.json"
-    command = [sys.executable, TOOL, folder, "--criterion", "confidence", "--json", out, "eval.batch_size=30"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forked.command(TOOL, folder, "--criterion", "confidence", "--json", out, "eval.batch_size=30")
     assert done.returncode == 0, done.stderr
     assert "full depth" in done.stdout
     numbers = json.loads(out.read_text())

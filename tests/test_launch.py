@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
-from test_pretrain import command_line, measured
+from test_pretrain import command_line, measured, run
 
 from acn_scale.cli import load_config
 from acn_scale.config import Config
@@ -26,10 +27,8 @@ import submission  # noqa: E402
 import sweep  # noqa: E402
 
 
-def launch(launcher: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "launchers" / launcher, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, **options)
+def launch(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return forked.command(ROOT / "launchers" / launcher, *arguments)
 
 
 @pytest.fixture
@@ -137,29 +136,26 @@ def test_what_is_started_again(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-def test_local_starts_again_what_dies(tmp_path: Path, small: list[str]) -> None:
-    """Two processes here; one is killed; the run goes on by itself and ends as the unbroken one, which ran in this
-    terminal's process."""
-    small = [*small, "train.length=300step", "train.zero_stage=1", "train.micro_batch_size=8"]
+def test_local_starts_again_what_dies(tmp_path: Path, small: list[str], two_ranks: Callable) -> None:
+    """Two processes here; one is killed; the run goes on by itself and ends as the unbroken one."""
+    small = [*small, "train.zero_stage=1", "checkpoint.every=20step"]
     command = [sys.executable, ROOT / "launchers/pretrain.py", *small, "--cluster", "local", "--tasks-per-node", "2"]
     launcher = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
-    run = tmp_path / "runs/tiny"
+    folder = tmp_path / "runs/tiny"
     deadline = time.monotonic() + 120
-    while not (run / "checkpoints/step_00000020/state.json").exists():
+    while not (folder / "checkpoints/step_00000020/state.json").exists():
         assert launcher.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    os.kill(json.loads((run / "health/rank_00001.json").read_text())["pid"], signal.SIGKILL)
+    os.kill(json.loads((folder / "health/rank_00001.json").read_text())["pid"], signal.SIGKILL)
     said = launcher.communicate(timeout=240)[1]
     assert launcher.returncode == 0, said
     assert "to be started again from step" in said
     assert "does not answer any more" in said
-    torchrun = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2", ROOT / "acn_scale/pretrain.py"]
-    unbroken = subprocess.run([*torchrun, *small, "run.name=unbroken"], capture_output=True, text=True)
-    assert unbroken.returncode == 0, unbroken.stderr
-    cfg = load_config(Path(small[1]), small[2:])
-    assert measured(cfg) == measured(load_config(Path(small[1]), [*small[2:], "run.name=unbroken"]))
-    row = status.status(run, {})
-    assert row[1:3] == ["finished", "300/300"]
+    cfg, unbroken = (load_config(Path(small[1]), [*small[2:], f"run.name={name}"]) for name in ("tiny", "unbroken"))
+    two_ranks(run, unbroken)
+    assert measured(cfg) == measured(unbroken)
+    row = status.status(folder, {})
+    assert row[1:3] == ["finished", "120/120"]
     assert row[6] == "1"  # restarts
 
 

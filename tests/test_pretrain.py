@@ -243,18 +243,18 @@ def test_sigkill_loses_nothing(tmp_path: Path, ranks: int, workers: int, kills: 
     same: it begins again after its last checkpoint, and no sample is left out."""
     data = numbered_images(tmp_path / "data", [17] * 15)
     arguments = command_line(tmp_path, data, data, "data.shuffle_window=30", f"data.workers={workers}")
-    arguments += ["train.micro_batch_size=4", f"train.zero_stage={ranks}"]
+    arguments += ["train.length=60step", "train.micro_batch_size=4", f"train.zero_stage={ranks}"]
     micro_steps = 4 // ranks
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert Start([*arguments, "run.name=unbroken"], unbroken, ranks).wait() == [0] * ranks
     for _ in range(kills):
-        batches = random.randint(1, 200 * micro_steps // kills)
+        batches = random.randint(1, 100 * micro_steps // kills)
         Start(arguments, broken, ranks).kill(batches)
     assert Start(arguments, broken, ranks).wait() == [0] * ranks
 
     for rank in range(ranks):
         expected = [numbers for _, numbers in trained(unbroken, rank)]
-        assert len(expected) == 120 * micro_steps
+        assert len(expected) == 60 * micro_steps
         after = 0  # the micro batch that comes next
         for place, numbers in trained(broken, rank):
             assert numbers == expected[place]
@@ -263,7 +263,7 @@ def test_sigkill_loses_nothing(tmp_path: Path, ranks: int, workers: int, kills: 
         assert after == len(expected)
     board = EventAccumulator(str(tmp_path / "runs/tiny/tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
-    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 121))
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 61))
     cfg = load_config(Path(arguments[1]), arguments[2:])
     assert measured(cfg) == measured(named(cfg, "unbroken"))
 

@@ -5,13 +5,12 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -339,9 +338,7 @@ def test_mistakes_leave_things_as_they_were(twins: list[Path], tmp_path: Path) -
 
 
 def test_one_line_and_code_2(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "depth_report.py", tmp_path], capture_output=True, text=True
-    )
+    done = forked.command(ROOT / "tools" / "depth_report.py", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path}: holds no complete checkpoint and no export\n"
 

@@ -8,7 +8,6 @@ import argparse
 from pathlib import Path
 
 from acn_scale.cli import exit_on_user_error
-from acn_scale.report import depth_report
 
 
 def main() -> None:
@@ -21,6 +20,9 @@ def main() -> None:
     add("--out", type=Path, metavar="DIR", help="folder for report.html, depth.json and depth_curve.png (default: "
         "report/ in the first source)")  # fmt: skip
     args = parser.parse_args()
+
+    from acn_scale.report import depth_report
+
     print(depth_report(args.source, args.out, tolerance=args.tolerance, data=args.data))
 
 
