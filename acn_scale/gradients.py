@@ -68,7 +68,7 @@ def _no_gradient_into(blocks: Sequence[nn.Module], *, inside: bool) -> Iterator[
 
     branches = []
     for block in blocks:
-        skips = isinstance(block, Trunk) and block.pattern is not Feedforward and (inside or block.within is not None)
+        skips = isinstance(block, Trunk) and block.pattern is not Feedforward and (inside or block.is_inner)
         branches += block.blocks if skips else [block]
     hooks = [branch.register_forward_pre_hook(detach) for branch in branches]
     try:

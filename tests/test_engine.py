@@ -97,10 +97,10 @@ def losses_of(cfgs: list[Config], plain: bool) -> list[list[float]]:
         return values
 
     if plain:
-        return [plain_run(cfg, steps=3)[0] for cfg in cfgs]
+        return [plain_run(cfg, steps=2)[0] for cfg in cfgs]
     engine_module.deepspeed_config = parting
     try:
-        return [engine_run(cfg, steps=3)[0] for cfg in cfgs]
+        return [engine_run(cfg, steps=2)[0] for cfg in cfgs]
     finally:
         engine_module.deepspeed_config = build
 

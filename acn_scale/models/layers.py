@@ -124,7 +124,8 @@ class Sublayer(nn.Module):
         y, *rest = y if isinstance(y, tuple) else (y,)
         y = self.dropout(y)
         if self.drop_path and self.training:
-            y = y * F.dropout(y.new_ones(len(y), 1, 1), self.drop_path)
+            stays = torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path
+            y = y * (stays / (1 - self.drop_path)).to(y.dtype)
         return (y, *rest) if rest else y
 
 

@@ -49,7 +49,7 @@ class Trunk(nn.Module):
         self.joins = nn.ModuleList(join(dim, first + index) for index in range(len(self.blocks)))
         self.norms = nn.ModuleList(norms)
         self.recompute = recompute
-        self.within = within
+        self.is_inner = within is not None  # and not the number: blocks that are alike are compiled once
         self.drop_rates: Sequence[float] = ()  # of each block, in training; empty: no block is dropped
 
     def states(
@@ -79,8 +79,8 @@ class Trunk(nn.Module):
 
     def forward(self, x: Tensor | State, mask: Tensor | None = None) -> Tensor | State:
         """x: (batch, tokens, dim) -> (batch, tokens, dim); within another trunk, its state -> its state."""
-        *_, state = self.states(x if self.within is not None else self.pattern.start(x), mask)
-        return state if self.within is not None else self.pattern.readout(state)
+        *_, state = self.states(x if self.is_inner else self.pattern.start(x), mask)
+        return state if self.is_inner else self.pattern.readout(state)
 
     def readouts(
         self, x: Tensor, mask: Tensor | None = None, head: Callable[[Tensor], Tensor] = lambda x: x
