@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from acn_scale.errors import UserError
 from acn_scale.runs import read_json, write_json
 
+LOWER_IS_BETTER = ("mCE",)  # among metrics that are shares
+NOT_SHARES = ("loss",)
+
 
 class Measurement(BaseModel):
     """One number. Further keys of a file are passed over."""

@@ -14,7 +14,7 @@ from scipy import stats
 from acn_scale.depth import cutoff
 from acn_scale.errors import UserError
 from acn_scale.files import write_file
-from acn_scale.results import Measurement, read_measurements, write_measurements
+from acn_scale.results import LOWER_IS_BETTER, NOT_SHARES, Measurement, read_measurements, write_measurements
 from acn_scale.runs import read_config, read_json
 from acn_scale.watchdog import read_failure
 
@@ -102,9 +102,14 @@ def _runs(folder: Path) -> Iterator[tuple[str, Scores]]:
         for task in dict.fromkeys(each.task for each in measurements):
             mine = [each for each in measurements if each.task == task]
             metrics = {metric: [each.value for each in mine if each.metric == metric]
-                       for metric in dict.fromkeys(each.metric for each in mine)}  # fmt: skip
+                       for metric in dict.fromkeys(each.metric for each in mine) if _is_told(metric)}  # fmt: skip
             notes = [*filter(None, [note, mine[-1].note])]
             yield task, Scores(run, mine[0].seed, settings, "; ".join(notes), metrics)
+
+
+def _is_told(metric: str) -> bool:
+    """Shares, and not the parts of another metric."""
+    return metric not in NOT_SHARES and "/" not in metric
 
 
 def _settings(run: Path) -> tuple[dict[str, Any], str]:
@@ -145,7 +150,8 @@ def _lines(
         curves = [each.metrics[metric] for each in chosen]
         values = [curve[-1] for curve in curves]
         mean_curve = [fmean(column) for column in zip(*curves, strict=True)]
-        cut = cutoff(mean_curve, tolerance)
+        sign = -1 if metric in LOWER_IS_BETTER else 1
+        cut = cutoff([sign * value for value in mean_curve], tolerance)
         others = {each.seed: each.metrics[metric][-1] for each in first if metric in each.metrics}
         pairs = [(value, others[each.seed]) for each, value in zip(chosen, values, strict=True) if each.seed in others]
         yield Line(
@@ -156,7 +162,7 @@ def _lines(
             mean=100 * fmean(values),
             deviation=100 * stdev(values) if len(values) > 1 else None,
             median=100 * median(values),
-            best=100 * max(values),
+            best=100 * sign * max(sign * value for value in values),
             cutoff=cut,
             blocks=len(mean_curve) - 1,
             mean_there=100 * mean_curve[cut],

@@ -38,6 +38,7 @@ def report_numbers(subjects: Sequence[Subject], tolerance: float, device: torch.
 
 def _network(subject: Subject, tolerances: list[float], device: torch.device) -> dict[str, Any]:
     # What is only read comes first: a mistake in it must not cost an evaluation.
+    measurements = [line.model_dump(mode="json") for line in read_measurements(subject.folder)]
     training = _training(subject.folder) if subject.is_run else {}
     card, index = subject.network.card, subject.evaluation.samples.index
     model = subject.network.model.to(device)
@@ -68,14 +69,14 @@ def _network(subject: Subject, tolerances: list[float], device: torch.device) ->
         "block_influence": readings.influence,
         "cutoffs": [asdict(cut) for cut in cuts],
         "costs": costs(subject.network, depths, subject.data.mask_ratio, subject.name),
+        "measurements": measurements,
     } | training
 
 
 def _training(folder: Path) -> dict[str, Any]:
-    """What a run's folder says of its training, its evaluations elsewhere, and what made it."""
+    """What a run's folder says of its training, and what made it."""
     found = {name: read_json(folder / f"{name}.json") for name in ("config", "environment")}
-    measurements = [line.model_dump(mode="json") for line in read_measurements(folder)]
-    return {"gradient_norms": _gradient_norms(folder), "measurements": measurements} | found
+    return {"gradient_norms": _gradient_norms(folder)} | found
 
 
 def _gradient_norms(folder: Path) -> dict[str, Any] | None:

@@ -189,17 +189,23 @@ def _gradients(networks: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _measurements(networks: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Tasks that have to do with noise by themselves, all others as downstream results."""
+    """Tasks under noise, whose names say so behind a plus, by themselves; all others as downstream results. At full
+    depth and the cut-offs; the other depths can be unfolded.
+    """
+    head = ["network", "task", "metric", "checkpoint", "depth", "value", "interval", "samples", "seed"]
     for title, noisy in (("Under noise", True), ("Downstream", False)):
-        rows = []
+        rows: dict[bool, list[list[str]]] = {True: [], False: []}  # by whether they are shown at once
         for net in networks:
+            shown = {None, net["depth"], *(cut["depth"] for cut in net["cutoffs"])}
             for line in net.get("measurements", []):
-                if ("noise" in line["task"].lower()) == noisy:
-                    rows.append([net["name"], *_measurement_cells(line)])
-        if rows:
-            head = ["network", "task", "metric", "checkpoint", "depth", "value", "interval", "samples", "seed"]
-            cells = [[escape(cell) for cell in row] for row in rows]
-            yield section(title, "From eval/ in the run's folder.", table(head, cells, texts=4))
+                if ("+" in line["task"] or "noise" in line["task"].lower()) == noisy:
+                    cells = [net["name"], *_measurement_cells(line)]
+                    rows[line["depth"] in shown].append([escape(cell) for cell in cells])
+        if rows[True] or rows[False]:
+            others = f"<details><summary>At other depths</summary>{table(head, rows[False], texts=4)}</details>"
+            text = "From eval/ in the network's folder, at full depth and the cut-offs."
+            parts = [table(head, rows[True], texts=4)] * bool(rows[True]) + [others] * bool(rows[False])
+            yield section(title, text, *parts)
 
 
 def _measurement_cells(line: dict[str, Any]) -> list[str]:
