@@ -58,7 +58,7 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
 
     if cfg.train.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
         raise UserError(f"train.precision = fp16: not supported on this {device.type}; fp32 and bf16 are")
-    deepspeed.ops.__compatible_ops__ = {}  # or it compiles programs to see which it could, and on a CPU one for a minute
+    deepspeed.ops.__compatible_ops__ = {}  # or it compiles programs to see which it could
     if cfg.optim.name != "muon":  # or it imports all of torch's compiler, whatever the optimizer is, for Muon's sake
         deepspeed.runtime.compiler.compile = lambda: lambda function: function
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -79,12 +79,12 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep the blocks that tensors leave; other C libraries are left alone.
+    """Have glibc keep the blocks that tensors leave, unless its own variables say what it should do.
 
     By default large ones go back to the kernel at once, which clears every page of them anew: a tenth of a step.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    if hasattr(libc, "mallopt") and not any(name.startswith("MALLOC_") for name in os.environ):
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 

@@ -37,7 +37,7 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) from PyTorch, in one pass over the weights, or LAMB (You et al. 2020) from timm."""
+    """AdamW (Loshchilov & Hutter 2019) from PyTorch, in one pass, or LAMB (You et al. 2020) from timm."""
     groups, options = parameter_groups(model, cfg), {"lr": cfg.lr, "betas": tuple(cfg.betas), "eps": cfg.eps}
     if cfg.name == "lamb":
         from timm.optim import Lamb  # here: it takes a second

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from acn_scale import distributed
 from acn_scale.benchmark import work
 from acn_scale.benchmark.rows import Row, row
-from acn_scale.benchmark.sides import Measure, compare, need
+from acn_scale.benchmark.sides import Measure, compare
+from acn_scale.benchmark.trainer import collator, dataset, hide_deepspeed
 from acn_scale.config import Config, ImageModelConfig, ModelConfig
 from acn_scale.data import build_stream
 from acn_scale.depth import step_flops
@@ -25,24 +26,22 @@ from acn_scale.models import build_model
 def model_rows(text: Path | None, rounds: int, scale: work.Scale) -> list[Row]:
     """Seconds of a step of our engine, and of the peer's model with PyTorch's AdamW, from the batch to the update.
 
-    `text` is a folder of text shards with train and eval; without it some are made. Raises UserError where the peers
-    are not installed.
+    `text` is a folder of text shards with train and eval; without it some are made.
     """
-    need("transformers", "timm")
     device = distributed.local_device()
     with tempfile.TemporaryDirectory() as folder:
         shards = text or work.pydoc_shards(Path(folder) / "text", scale.bert.max_tokens)
         rows = []
         for model in (scale.bert, scale.vit, scale.mixer):
+            text_model = model is scale.bert
             twins = [model, model.model_copy(update={"connectivity": "acn"})]
-            batch = scale.text_batch if model is scale.bert else scale.image_batch
-            cfgs = [
-                work.config(twin, shards, Path(folder), batch=batch, precision=scale.precision) for twin in twins
-            ]
-            peer = work.write_peer(model, Path(folder) / model.name, shards if model is scale.bert else None)
-            theirs = (transformers_step if model is scale.bert else timm_step, cfgs[0], peer, scale.steps)
-            sides = {cfg.model.connectivity: (our_step, cfg, scale.steps) for cfg in cfgs} | {"peer": theirs}
-            rows += _rows(sides, cfgs, "Transformers" if model is scale.bert else "timm", rounds, device)
+            batch = scale.text_batch if text_model else scale.image_batch
+            cfgs = [work.config(twin, shards, Path(folder), batch=batch, precision=scale.precision) for twin in twins]
+            to, theirs, peer = ("hf", transformers_step, "Transformers") if text_model else ("timm", timm_step, "timm")
+            peer_folder = work.write_peer(to, model, Path(folder) / model.name, shards if text_model else None)
+            sides = {cfg.model.connectivity: (our_step, cfg, scale.steps) for cfg in cfgs}
+            sides["peer"] = (theirs, cfgs[0], peer_folder, scale.steps)
+            rows += _rows(sides, cfgs, peer, rounds, device)
     return rows
 
 
@@ -94,9 +93,8 @@ def our_step(cfg: Config, steps: int) -> Iterator[Measure]:
 @contextmanager
 def transformers_step(cfg: Config, folder: Path, steps: int) -> Iterator[Measure]:
     """The same sequences, masked anew by Transformers' collator."""
+    hide_deepspeed()
     from transformers import AutoModelForMaskedLM
-
-    from acn_scale.benchmark.trainer import collator, dataset
 
     device = distributed.local_device()
     model = AutoModelForMaskedLM.from_pretrained(folder)
@@ -119,7 +117,9 @@ def timm_step(cfg: Config, folder: Path, steps: int) -> Iterator[Measure]:
     torch.manual_seed(0)
     model = load_timm(folder)
     batches = repeat(_images(cfg.model, cfg.train.global_batch_size))
-    yield _peer(model, lambda batch: F.cross_entropy(model(batch["images"]), batch["labels"]), batches, cfg, steps, device)
+    yield _peer(
+        model, lambda batch: F.cross_entropy(model(batch["images"]), batch["labels"]), batches, cfg, steps, device
+    )
 
 
 def _peer(model, loss, batches, cfg: Config, steps: int, device: torch.device) -> Measure:

@@ -1,5 +1,6 @@
 """Transformers' Trainer as its users run it: masked language modelling on packed sequences."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,11 @@ from acn_scale.benchmark import work
 from acn_scale.benchmark.sides import Measure
 from acn_scale.config import Config
 from acn_scale.data.tokenizer import MASK
+
+
+def hide_deepspeed() -> None:
+    """Its users need not have DeepSpeed, and where it is found Transformers imports it. Call it before that."""
+    sys.modules["deepspeed"] = None
 
 
 def dataset(shards: Path) -> list[dict[str, Any]]:
@@ -29,6 +35,7 @@ def collator(folder: Path) -> Any:
 
 def build_trainer(cfg: Config, folder: Path, out: Path, *callbacks: Any, **arguments: Any) -> Any:
     """A Trainer on the network in `folder` with the settings of a run of ours."""
+    hide_deepspeed()
     from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 
     settings = TrainingArguments(
@@ -57,6 +64,7 @@ def build_trainer(cfg: Config, folder: Path, out: Path, *callbacks: Any, **argum
 @contextmanager
 def trainer_loop(cfg: Config, folder: Path, out: Path) -> Iterator[Measure]:
     """Seconds of a step, from the end of the first step to that of the last."""
+    hide_deepspeed()
     from transformers import TrainerCallback
 
     class Times(TrainerCallback):

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from acn_scale.config import BertConfig, Config, MixerConfig, ModelConfig, ViTConfig
-from acn_scale.convert.hugging_face import write_hugging_face
+from acn_scale.convert import TARGETS
 from acn_scale.convert.network import Card, Network
-from acn_scale.convert.timm_models import write_timm
 from acn_scale.data.make_text import make_text_shards, train_source_tokenizer
 from acn_scale.data.text_sources import TextSources
 from acn_scale.data.tokenizer import load_tokenizer
@@ -99,13 +98,13 @@ def tokens_of(shards: Path) -> Iterator[np.ndarray]:
     return (row for record in WebDataset(files, shardshuffle=False).decode() for row in record["npy"])
 
 
-def write_peer(model: ModelConfig, folder: Path, shards: Path | None = None) -> Path:
-    """The network that a run of ours starts from, as Transformers (with the shards' tokenizer) or timm loads it."""
+def write_peer(to: str, model: ModelConfig, folder: Path, shards: Path | None = None) -> Path:
+    """The network that a run of ours starts from, as `to`, "hf" (with the shards' tokenizer) or "timm", loads it."""
     folder.mkdir()
     torch.manual_seed(0)
     tokenizer = load_tokenizer(shards / "train").serialized_model_proto() if shards else None
     net = Network(build_model(model), Card(model=model, source="benchmark", full_depth=model.depth), tokenizer)
-    (write_hugging_face if isinstance(model, BertConfig) else write_timm)(net, folder, "fp32")
+    TARGETS[to](net, folder, "fp32")
     return folder
 
 
