@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,6 +14,9 @@ from acn_scale.data.samples import Batch
 from acn_scale.data.stream import Evaluation
 from acn_scale.models import build_model
 from acn_scale.optim import freeze
+
+if TYPE_CHECKING:  # a run needs it at its first evaluation only
+    from matplotlib.figure import Figure
 
 
 @torch.no_grad()
@@ -146,8 +149,10 @@ def tokens_per_sample(cfg: ModelConfig) -> int:
 
 def depth_figure(
     curves: dict[str, list[float]], tolerance: float, intervals: dict[str, list[tuple[float, float]]] | None = None
-) -> Figure:
+) -> "Figure":
     """Accuracy over depth, a curve for each name, with its cut-off marked, and a band where intervals are given."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, accuracy in curves.items():

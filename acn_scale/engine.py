@@ -1,5 +1,6 @@
 """Our config -> DeepSpeed config -> engine; one optimizer step; gradient norms that are right at every ZeRO stage."""
 
+import ctypes
 import logging
 import math
 import os
@@ -57,10 +58,14 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
 
     if cfg.train.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
         raise UserError(f"train.precision = fp16: not supported on this {device.type}; fp32 and bf16 are")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or a CPU run compiles it for a minute; gloo does
+    deepspeed.ops.__compatible_ops__ = {}  # or it compiles programs to see which it could
+    if cfg.optim.name != "muon":  # or it imports all of torch's compiler, whatever the optimizer is, for Muon's sake
+        deepspeed.runtime.compiler.compile = lambda: lambda function: function
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says on a CPU that there is no CUDA
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's own calls
+    if device.type == "cpu":
+        _keep_freed_memory()
     model = model.to(device)
     if cfg.train.compile:
         for block in model.trunk.blocks:  # alike, so that one compilation does for all
@@ -72,6 +77,17 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
     if world_size == 1 and cfg.train.zero_stage == 0:
         engine.enable_backward_allreduce = False  # it copies all gradients, to sum them with nobody's
     return engine
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep the blocks that tensors leave, unless its own variables say what it should do.
+
+    By default large ones go back to the kernel at once, which clears every page of them anew: a tenth of a step.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and not any(name.startswith("MALLOC_") for name in os.environ):
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def _muon(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:

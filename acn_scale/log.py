@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -25,6 +24,9 @@ from acn_scale import distributed
 from acn_scale.config import Config
 from acn_scale.durations import Horizon
 from acn_scale.files import whole_lines, write_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +163,7 @@ class Metrics:
             self._points += [partial(_scalar, name, value, step) for name, value in values.items()]
             self.flush()
 
-    def draw(self, step: int, name: str, figure: Figure) -> None:
+    def draw(self, step: int, name: str, figure: "Figure") -> None:
         """A picture, in TensorBoard only."""
         if self.writes:
             self._points.append(lambda board: board.add_figure(name, figure, step))

@@ -71,8 +71,8 @@ def memory(cfg: Config, *, stage: int, gpus: int, micro_batch_size: int, recompu
     fullest += held + lasting
     # The sum over the ranks, of a copy; ZeRO makes it for one rank too.
     summing = held + waiting + (lasting or bucket) * (gpus > 1 or stage > 0)
-    # The update: AdamW's root and quotient, of single tensors or of the rank's flat part, whose gradient is copied too.
-    temporary = 3 * 4 * trained * share if stage else 2 * 4 * largest(model, frozen) + (4 * trained if half else 0)
+    # The update: a copy of the gradients of the rank's flat part, or of 16-bit ones; AdamW itself works in place.
+    temporary = 4 * trained * share if stage or half else 0.0
     update = gradients + temporary + (bucket if stage == 3 else 0.0)
     if cfg.train.offload != "none":
         optimizer, update = 0.0, gradients

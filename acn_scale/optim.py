@@ -46,13 +46,13 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) from PyTorch, or LAMB (You et al. 2020) from timm: neither is compiled."""
+    """AdamW (Loshchilov & Hutter 2019) from PyTorch, in one pass, or LAMB (You et al. 2020) from timm."""
     groups, options = parameter_groups(model, cfg), {"lr": cfg.lr, "betas": tuple(cfg.betas), "eps": cfg.eps}
     if cfg.name == "lamb":
         from timm.optim import Lamb  # here: it takes a second
 
         return Lamb(groups, **options, max_grad_norm=None)
-    return torch.optim.AdamW(groups, **options)
+    return torch.optim.AdamW(groups, **options, fused=True)
 
 
 def learning_rate(cfg: OptimConfig, horizon: Horizon, step: int) -> float:

@@ -1,27 +1,35 @@
-"""Measure our data path beside its peers (timm, torchvision, webdataset), or our training loop beside a bare one, in
-turns, and show the ratios. The peers come with requirements-test.txt."""
+"""Measure our work beside what people would use instead, in turns on this machine, and show the ratios.
+
+data: timm, torchvision and webdataset; model: Transformers' BERT, timm's ViT and Mixer; loop and checkpoint:
+Transformers' Trainer; inference: the residual twin. The peers come with requirements-test.txt.
+"""
 
 import argparse
 from pathlib import Path
 
 from acn_scale.cli import exit_on_user_error, positive
 
+WHAT = ("data", "model", "loop", "inference", "checkpoint")
+RUNS = [Path("runs/quickstart/ac_vit"), Path("runs/quickstart/residual_vit")]
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["data", "loop"], help="what to measure")
-    parser.add_argument(
-        "--images", type=Path, help="folder of class folders of JPEGs (data only; default: some are made)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=[*WHAT, "all"], help="what to measure")
+    parser.add_argument("--images", type=Path, help="class folders of JPEGs for data; default: some are made")
+    parser.add_argument("--text", type=Path, help="text shards, train and eval; default: pydoc's text")
+    parser.add_argument("--runs", type=Path, nargs=2, metavar=("ACN", "TWIN"), default=RUNS,
+                        help="for inference; default: those of `make quickstart`")  # fmt: skip
     parser.add_argument("--rounds", type=positive, default=5, help="rounds that count (default: 5)")
+    parser.add_argument("--threads", type=positive, help="of each side (default: PyTorch's; data always has one)")
     parser.add_argument("--json", type=Path, help="file to write the rows to, an object a line")
     args = parser.parse_args()
 
-    from acn_scale.benchmark.data import data_rows
-    from acn_scale.benchmark.loop import loop_rows
+    from acn_scale.benchmark.groups import measure
     from acn_scale.benchmark.rows import save, table
 
-    rows = data_rows(args.images, args.rounds) if args.what == "data" else loop_rows(args.rounds)
+    what = WHAT if args.what == "all" else [args.what]
+    rows = measure(what, images=args.images, text=args.text, runs=args.runs, rounds=args.rounds, threads=args.threads)
     if args.json:
         save(rows, args.json)
     print(table(rows))

@@ -1,6 +1,5 @@
 """The data path beside timm, torchvision and webdataset: decoding, reading, resuming, and its order."""
 
-import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,17 +21,13 @@ from acn_scale.data.order import Order
 from acn_scale.data.samples import Key, Samples
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.stream import BatchPlan, Stream
-from acn_scale.errors import UserError
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 RAW_RECORDS, RAW_BYTES = 2000, 20_000  # in each of the shards that are only read
 
 
 def data_rows(images: Path | None, rounds: int) -> list[Row]:
-    """All of them. `images` is a folder of class folders of JPEGs; without it some are made. Raises UserError where the
-    peers are not installed."""
-    if importlib.util.find_spec("timm") is None:
-        raise UserError("timm: is not installed; requirements-test.txt has the peers")
+    """All of them. `images` is a folder of class folders of JPEGs; without it some are made."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         rows = decoding(images or photos(Path(folder) / "photos"), Path(folder) / "decoding", rounds)

@@ -1,7 +1,6 @@
-"""What our training loop costs over a bare PyTorch loop, on the same model, data and optimizer, in one process."""
+"""Our training loop beside a bare PyTorch one and beside Transformers' Trainer, with everything but evaluations."""
 
 import contextlib
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -10,9 +9,13 @@ from pathlib import Path
 import torch
 
 from acn_scale import distributed
-from acn_scale.benchmark.rows import Row, in_turns, row
-from acn_scale.checkpoint import Checkpoints
-from acn_scale.config import Config
+from acn_scale.benchmark import work
+from acn_scale.benchmark.model import describe
+from acn_scale.benchmark.rows import Row, row
+from acn_scale.benchmark.sides import Measure, compare
+from acn_scale.benchmark.startup import startup
+from acn_scale.benchmark.trainer import trainer_loop
+from acn_scale.config import Config, ViTConfig
 from acn_scale.data import build_stream
 from acn_scale.data.make_images import make_image_shards
 from acn_scale.durations import Horizon
@@ -24,36 +27,60 @@ from acn_scale.runs import open_run_folder
 from acn_scale.stopping import StopSignals
 from acn_scale.watchdog import Watchdog
 
-STEPS = 20  # of a round, between the first step and the last
+STEPS = 20  # of a turn beside the bare loop; a step takes a few tenths of a second on one core
+SMALL = ViTConfig(
+    name="vit",
+    connectivity="acn",
+    depth=6,
+    dim=192,
+    num_heads=3,
+    image_size=8,
+    patch_size=2,
+    channels=1,
+    num_classes=10,
+)
 
 
-def loop_rows(rounds: int) -> list[Row]:
-    """Seconds of a step, and how long a checkpoint holds training up. A ratio of 1 is no overhead."""
-    with tempfile.TemporaryDirectory() as folder, distributed.process_group() as device:
+def loop_rows(text: Path | None, rounds: int, scale: work.Scale) -> list[Row]:
+    """Seconds of a step of the whole loop, and from a command to its first step.
+
+    `text` is as for model_rows.
+    """
+    return [_beside_bare(rounds), _beside_trainer(text, rounds, scale), startup(rounds)]
+
+
+def _beside_bare(rounds: int) -> Row:
+    with tempfile.TemporaryDirectory() as folder:
         for split in ("train", "eval"):
             make_image_shards("digits", split, Path(folder) / split)
-        figures = in_turns({"ours": lambda: ours(config(folder), device), "bare": lambda: bare(config(folder))}, rounds)
-        stalls = in_turns({"stall": lambda: stall(config(folder), device)}, rounds)["stall"]
-    work = f"a step of ViT, 6 blocks of width 192, on {device.type}"
-    return [
-        row(work, "bare PyTorch", "s", figures["ours"], figures["bare"], more_is_better=False),
-        row("a checkpoint of it: training waits", "one step", "s", stalls, figures["ours"], more_is_better=False),
-    ]
+        cfg = work.config(SMALL, Path(folder), Path(folder), batch=64, precision="fp32", steps=STEPS + 1)
+        figures, peaks = compare({"ours": (our_loop, cfg), "bare": (bare_loop, cfg)}, rounds)
+    return row(
+        f"loop of {describe(SMALL)} batch 64",
+        "bare PyTorch",
+        "s",
+        *figures.values(),
+        more_is_better=False,
+        peaks=tuple(peaks.values()),
+    )
 
 
-def config(folder: str) -> Config:
-    """A step takes a few tenths of a second on one core."""
-    model = {"name": "vit", "connectivity": "acn", "depth": 6, "dim": 192, "num_heads": 3, "image_size": 8}
-    return Config.model_validate(
-        {
-            "run": {"name": "loop", "dir": f"{folder}/runs"},
-            "model": model | {"patch_size": 2, "channels": 1, "num_classes": 10},
-            "data": {"kind": "images", "train": f"{folder}/train", "eval": f"{folder}/eval"},
-            "optim": {"lr": 1e-3},
-            "train": {"length": f"{STEPS + 1}step", "global_batch_size": 64, "clip_norm": 1.0, "log_every": "10step"},
-            "eval": {"every": "1000step"},
-            "checkpoint": {"every": "1000step"},
-        }
+def _beside_trainer(text: Path | None, rounds: int, scale: work.Scale) -> Row:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shards = text or work.pydoc_shards(folder / "text", scale.bert.max_tokens)
+        peer = work.write_peer("hf", scale.bert, folder / "peer", shards)
+        batch, steps = scale.text_batch, 2 * scale.steps + 1
+        cfg = work.config(scale.bert, shards, folder, batch=batch, precision=scale.precision, steps=steps)
+        sides = {"ours": (our_loop, cfg), "theirs": (trainer_loop, cfg, peer, folder / "trainer")}
+        figures, peaks = compare(sides, rounds)
+    return row(
+        f"loop from shards of {describe(scale.bert)} batch {batch}",
+        "Transformers Trainer",
+        "s",
+        *figures.values(),
+        more_is_better=False,
+        peaks=tuple(peaks.values()),
     )
 
 
@@ -72,8 +99,10 @@ class _Timed(Trainer):
 
 
 @contextlib.contextmanager
-def _trainer(cfg: Config, device: torch.device) -> Iterator[_Timed]:
-    with tempfile.TemporaryDirectory() as folder:
+def our_trainer(cfg: Config, device: torch.device) -> Iterator[_Timed]:
+    """Our trainer, in a run folder of its own."""
+    Path(cfg.run.dir).mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cfg.run.dir) as folder:
         cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update={"dir": folder})})
         stream = build_stream(cfg, share=distributed.union, device=device)
         horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
@@ -83,43 +112,42 @@ def _trainer(cfg: Config, device: torch.device) -> Iterator[_Timed]:
             yield _Timed(cfg, device, run, stream, (), horizon, signals, watchdog)
 
 
-def ours(cfg: Config, device: torch.device) -> float:
+@contextlib.contextmanager
+def our_loop(cfg: Config) -> Iterator[Measure]:
     """Seconds of a step of the whole trainer, with everything that it does but evaluating and saving."""
-    with _trainer(cfg, device) as trainer:
-        trainer.run()
-        return (trainer.times[-1] - trainer.times[0]) / STEPS
+    with distributed.process_group() as device:
+
+        def measure() -> float:
+            with our_trainer(cfg, device) as trainer:
+                trainer.run()
+                return (trainer.times[-1] - trainer.times[0]) / (len(trainer.times) - 1)
+
+        yield measure
 
 
-def bare(cfg: Config) -> float:
+@contextlib.contextmanager
+def bare_loop(cfg: Config) -> Iterator[Measure]:
     """The same with PyTorch alone; the loss is looked at once in a while."""
     device = distributed.local_device()
-    torch.manual_seed(cfg.run.seed)
-    model = build_model(cfg.model).to(device)
-    optimizer = build_optimizer(model, cfg.optim)
-    stream = build_stream(cfg, device=device)
-    horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
-    times = []
-    for step in range(STEPS + 1):
-        times.append(time.perf_counter())
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg.optim, horizon, step)
-        loss = model(**next(stream))["loss"]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 10 == 9:
-            loss.item()
-    return (times[-1] - times[0]) / STEPS
 
+    def measure() -> float:
+        torch.manual_seed(cfg.run.seed)
+        model = build_model(cfg.model).to(device)
+        optimizer = build_optimizer(model, cfg.optim)
+        stream = build_stream(cfg, device=device)
+        horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
+        times = []
+        for step in range(horizon.steps):
+            times.append(time.perf_counter())
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(cfg.optim, horizon, step)
+            loss = model(**{name: values.to(device) for name, values in next(stream).items()})["loss"]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 10 == 9:
+                loss.item()
+        return (times[-1] - times[0]) / (len(times) - 1)
 
-def stall(cfg: Config, device: torch.device) -> float:
-    """Seconds that training waits for a checkpoint, the one before it being done."""
-    with _trainer(cfg, device) as trainer:
-        trainer.run()
-        checkpoints = Checkpoints(trainer.folder, keep=1, keep_every=None)
-        waits = []
-        for step in range(1, 4):
-            waits.append(checkpoints.save(trainer.engine, trainer.stream, step, {}))
-            checkpoints.finish()
-        return statistics.median(waits)
+    yield measure

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from acn_scale.benchmark.rows import Row, row
+from acn_scale.benchmark.sides import peak_memory
 from acn_scale.data.order import Order
 from acn_scale.data.shards import ShardIndex
 
@@ -80,14 +81,8 @@ def index_at_scale(shards: int = 100_000, samples: int = 13_000) -> list[Row]:
 
 def _load() -> None:
     """Of the process that measures the index; prints seconds and the growth of its peak memory in MiB."""
-    before, start = _peak_memory(), time.perf_counter()
+    before, start = peak_memory(), time.perf_counter()
     index = ShardIndex.load(sys.argv[1])
     order = Order(index.samples_per_shard, seed=0, streams=64, window=16384)
     order.locate(1, index.num_samples // 2)
-    print(time.perf_counter() - start, _peak_memory() - before)
-
-
-def _peak_memory() -> float:
-    """Of this process in MiB. (getrusage would tell the peak of the process that it was forked from, if higher.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+    print(time.perf_counter() - start, peak_memory() - before)

@@ -21,6 +21,9 @@ class Row:
     ratio: float
     ratio_low: float
     ratio_high: float
+    ours_peak: float | None = None  # of memory, in MiB
+    theirs_peak: float | None = None
+    mfu: float | None = None  # ours
 
 
 def in_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -34,12 +37,22 @@ def in_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[st
     return figures
 
 
-def row(work: str, peer: str, unit: str, ours: list[float], theirs: list[float], *, more_is_better: bool) -> Row:
-    """The medians and their ratio; its range is that of the rounds' own ratios."""
+def row(
+    work: str,
+    peer: str,
+    unit: str,
+    ours: list[float],
+    theirs: list[float],
+    *,
+    more_is_better: bool,
+    peaks: tuple[float, float] = (None, None),
+    least: float | None = None,
+) -> Row:
+    """The medians, the median of the rounds' own ratios and their range. `least`: seconds at the device's peak rate."""
     ratios = [a / b if more_is_better else b / a for a, b in zip(ours, theirs, strict=True)]
-    middle = np.median(ours), np.median(theirs)
-    ratio = middle[0] / middle[1] if more_is_better else middle[1] / middle[0]
-    return Row(work, peer, *map(float, middle), unit, float(ratio), min(ratios), max(ratios))
+    middle = float(np.median(ours)), float(np.median(theirs))
+    mfu = least and least / middle[0]
+    return Row(work, peer, *middle, unit, float(np.median(ratios)), min(ratios), max(ratios), *peaks, mfu)
 
 
 def save(rows: list[Row], path: Path) -> None:
@@ -48,12 +61,14 @@ def save(rows: list[Row], path: Path) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    head = ["work", "peer", "ours", "theirs", "unit", "ratio", "range"]
+    head = ["work", "peer", "ours", "theirs", "unit", "ratio", "range", "peak MiB, ours", "theirs", "MFU"]
     cells = []
     for each in rows:
         numbers = f"{each.ours:,.4g}", f"{each.theirs:,.4g}", each.unit, f"{each.ratio:.2f}x"
-        cells.append([each.work, each.peer, *numbers, f"{each.ratio_low:.2f} ... {each.ratio_high:.2f}"])
-    widths = [max(len(line[column]) for line in [head, *cells]) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *cells]
-    )
+        peaks = ("" if peak is None else f"{peak:,.0f}" for peak in (each.ours_peak, each.theirs_peak))
+        mfu = "" if each.mfu is None else f"{each.mfu:.1%}"
+        cells.append([each.work, each.peer, *numbers, f"{each.ratio_low:.2f} ... {each.ratio_high:.2f}", *peaks, mfu])
+    shown = [column for column in range(len(head)) if any(line[column] for line in cells)]
+    lines = [[line[column] for column in shown] for line in [head, *cells]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)

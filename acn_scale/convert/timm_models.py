@@ -59,7 +59,7 @@ def read_timm(name: str) -> Network:
     """
     source, path = f"timm:{name}", Path(name)
     try:
-        theirs = _theirs(path.parent if path.is_file() else path, name)
+        theirs = load_timm(path.parent if path.is_file() else path, name)
     except UserError:
         raise
     except Exception as error:  # of many kinds: no such name, no network, a file that does not fit
@@ -92,7 +92,8 @@ def _images(theirs: nn.Module, model: ImageModelConfig, source: str) -> Images |
         raise UserError(f"{source}: its pretrained_cfg does not say how images are prepared: {error}") from None
 
 
-def _theirs(folder: Path, name: str) -> nn.Module:
+def load_timm(folder: Path, name: str = "") -> nn.Module:
+    """The model in a folder in timm's form; where it is none, timm's own of this name."""
     import timm  # here: it takes seconds
     from timm.models.mlp_mixer import MlpMixer
 

@@ -1,0 +1,80 @@
+"""How long a checkpoint holds training up, and how soon a run goes on from one, beside Transformers' Trainer."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from acn_scale import distributed
+from acn_scale.benchmark import work
+from acn_scale.benchmark.loop import our_trainer
+from acn_scale.benchmark.model import describe
+from acn_scale.benchmark.rows import Row, row
+from acn_scale.benchmark.sides import Measure, compare
+from acn_scale.benchmark.startup import startup
+from acn_scale.benchmark.trainer import build_trainer, hide_deepspeed
+from acn_scale.checkpoint import Checkpoints
+from acn_scale.config import Config
+
+BATCH = 4  # a checkpoint does not depend on it
+
+
+def checkpoint_rows(text: Path | None, rounds: int, scale: work.Scale) -> list[Row]:
+    """Seconds. `text` is as for model_rows."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shards = text or work.pydoc_shards(folder / "text", scale.bert.max_tokens)
+        peer = work.write_peer("hf", scale.bert, folder / "peer", shards)
+        cfg = work.config(scale.bert, shards, folder, batch=BATCH, precision=scale.precision)
+        sides = {"ours": (our_stall, cfg), "theirs": (trainer_stall, cfg, peer, folder / "trainer")}
+        figures, peaks = compare(sides, rounds)
+    stall = row(
+        f"training waits for a checkpoint of {describe(scale.bert)}",
+        "Transformers Trainer",
+        "s",
+        figures["ours"],
+        figures["theirs"],
+        more_is_better=False,
+        peaks=(peaks["ours"], peaks["theirs"]),
+    )
+    return [stall, startup(rounds, resumed=True)]
+
+
+@contextmanager
+def our_stall(cfg: Config) -> Iterator[Measure]:
+    """Seconds that training waits, the checkpoint before being on the disk."""
+    with distributed.process_group() as device, our_trainer(cfg, device) as trainer:
+        trainer.run()
+        checkpoints = Checkpoints(trainer.folder, keep=1, keep_every=None)
+        steps = iter(range(1, 10**8))
+
+        def measure() -> float:
+            waited = checkpoints.save(trainer.engine, trainer.stream, next(steps), {})
+            checkpoints.finish()
+            return waited
+
+        yield measure
+
+
+@contextmanager
+def trainer_stall(cfg: Config, folder: Path, out: Path) -> Iterator[Measure]:
+    """Seconds from the end of a step to the end of its checkpoint."""
+    hide_deepspeed()
+    from transformers import TrainerCallback
+
+    class Times(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_save(self, *_: Any, **__: Any) -> None:
+            self.seconds = time.perf_counter() - self.start
+
+    times = Times()
+
+    def measure() -> float:
+        build_trainer(cfg, folder, out, times, save_strategy="steps", save_steps=1, save_total_limit=1).train()
+        return times.seconds
+
+    yield measure

@@ -1,0 +1,139 @@
+"""A training step beside Transformers' BERT and timm's ViT and Mixer."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from acn_scale import distributed
+from acn_scale.benchmark import work
+from acn_scale.benchmark.rows import Row, row
+from acn_scale.benchmark.sides import Measure, compare
+from acn_scale.benchmark.trainer import collator, dataset, hide_deepspeed
+from acn_scale.config import Config, ImageModelConfig, ModelConfig
+from acn_scale.data import build_stream
+from acn_scale.depth import step_flops
+from acn_scale.engine import build_engine, train_step
+from acn_scale.hardware import peak_rate
+from acn_scale.models import build_model
+
+
+def model_rows(text: Path | None, rounds: int, scale: work.Scale) -> list[Row]:
+    """Seconds of a step of our engine, and of the peer's model with PyTorch's AdamW, from the batch to the update.
+
+    `text` is a folder of text shards with train and eval; without it some are made.
+    """
+    device = distributed.local_device()
+    with tempfile.TemporaryDirectory() as folder:
+        shards = text or work.pydoc_shards(Path(folder) / "text", scale.bert.max_tokens)
+        rows = []
+        for model in (scale.bert, scale.vit, scale.mixer):
+            text_model = model is scale.bert
+            twins = [model, model.model_copy(update={"connectivity": "acn"})]
+            batch = scale.text_batch if text_model else scale.image_batch
+            cfgs = [work.config(twin, shards, Path(folder), batch=batch, precision=scale.precision) for twin in twins]
+            to, theirs, peer = ("hf", transformers_step, "Transformers") if text_model else ("timm", timm_step, "timm")
+            peer_folder = work.write_peer(to, model, Path(folder) / model.name, shards if text_model else None)
+            sides = {cfg.model.connectivity: (our_step, cfg, scale.steps) for cfg in cfgs}
+            sides["peer"] = (theirs, cfgs[0], peer_folder, scale.steps)
+            rows += _rows(sides, cfgs, peer, rounds, device)
+    return rows
+
+
+def _rows(sides: dict, cfgs: list[Config], peer: str, rounds: int, device: torch.device) -> list[Row]:
+    figures, peaks = compare(sides, rounds)
+    rate = peak_rate(device, cfgs[0].train.precision)
+    rows = []
+    for cfg in cfgs:
+        name = cfg.model.connectivity
+        made = row(
+            f"{name} {describe(cfg.model)} training step, batch {cfg.train.global_batch_size}",
+            peer,
+            "s",
+            figures[name],
+            figures["peer"],
+            more_is_better=False,
+            peaks=(peaks[name], peaks["peer"]),
+            least=rate and step_flops(cfg.model, cfg.data.mask_ratio) * cfg.train.global_batch_size / rate,
+        )
+        rows.append(made)
+    return rows
+
+
+def describe(model: ModelConfig) -> str:
+    size = f"{model.depth} x {model.dim}"
+    if isinstance(model, ImageModelConfig):
+        return f"{model.name} {size}, {model.image_size} px in patches of {model.patch_size},"
+    return f"{model.name} {size}, {model.max_tokens} tokens, vocabulary {model.vocab_size:,},"
+
+
+def _images(model: ImageModelConfig, batch: int) -> dict[str, torch.Tensor]:
+    images = torch.randn(batch, model.channels, model.image_size, model.image_size)
+    return {"images": images, "labels": torch.randint(model.num_classes, (batch,))}
+
+
+@contextmanager
+def our_step(cfg: Config, steps: int) -> Iterator[Measure]:
+    """Our stream of masked text, or one batch of images, through our engine."""
+    with distributed.process_group() as device:
+        torch.manual_seed(0)
+        if isinstance(cfg.model, ImageModelConfig):
+            stream = repeat(_images(cfg.model, cfg.train.global_batch_size))
+        else:
+            stream = build_stream(cfg, device=device)
+        engine = build_engine(build_model(cfg.model), cfg, device, 1)
+        yield partial(work.seconds, partial(train_step, engine, stream, work.LR), steps, device)
+
+
+@contextmanager
+def transformers_step(cfg: Config, folder: Path, steps: int) -> Iterator[Measure]:
+    """The same sequences, masked anew by Transformers' collator."""
+    hide_deepspeed()
+    from transformers import AutoModelForMaskedLM
+
+    device = distributed.local_device()
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    loader = torch.utils.data.DataLoader(
+        dataset(Path(cfg.data.train)),
+        batch_size=cfg.train.global_batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=collator(folder),
+    )
+    batches = (batch for _ in repeat(None) for batch in loader)
+    yield _peer(model, lambda batch: model(**batch).loss, batches, cfg, steps, device)
+
+
+@contextmanager
+def timm_step(cfg: Config, folder: Path, steps: int) -> Iterator[Measure]:
+    from acn_scale.convert.timm_models import load_timm
+
+    device = distributed.local_device()
+    torch.manual_seed(0)
+    model = load_timm(folder)
+    batches = repeat(_images(cfg.model, cfg.train.global_batch_size))
+    yield _peer(
+        model, lambda batch: F.cross_entropy(model(batch["images"]), batch["labels"]), batches, cfg, steps, device
+    )
+
+
+def _peer(model, loss, batches, cfg: Config, steps: int, device: torch.device) -> Measure:
+    """A bare PyTorch loop's step, in bf16 by autocast."""
+    model.train().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=work.LR, weight_decay=work.WEIGHT_DECAY)
+
+    def step() -> None:
+        batch = {name: values.to(device, non_blocking=True) for name, values in next(batches).items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.precision == "bf16"):
+            value = loss(batch)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return partial(work.seconds, step, steps, device)

@@ -1,0 +1,118 @@
+"""What both sides of a row are given: the same network with the same weights, the same text, the same settings."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from acn_scale.config import BertConfig, Config, MixerConfig, ModelConfig, ViTConfig
+from acn_scale.convert import TARGETS
+from acn_scale.convert.network import Card, Network
+from acn_scale.data.make_text import make_text_shards, train_source_tokenizer
+from acn_scale.data.text_sources import TextSources
+from acn_scale.data.tokenizer import load_tokenizer
+from acn_scale.models import build_model
+
+LR, WEIGHT_DECAY, CLIP_NORM, MASK_RATIO = 1e-4, 0.01, 1.0, 0.15
+VOCABULARY = 32_768  # of the network
+PIECES = 4_096  # of the tokenizer: pydoc's text has too few words for more
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the work is: small for a CPU, of the usual size for a GPU."""
+
+    bert: BertConfig
+    vit: ViTConfig
+    mixer: MixerConfig
+    text_batch: int  # sequences of a step
+    image_batch: int
+    precision: str
+    steps: int  # of a turn
+
+
+def scale(device: torch.device) -> Scale:
+    """Both sides of a row are the residual network, which the peers have too."""
+    bert = {"name": "bert", "connectivity": "residual", "vocab_size": VOCABULARY, "depth": 12, "dropout": 0.1}
+    vit = {"name": "vit", "connectivity": "residual", "num_classes": 1000}
+    mixer = {"name": "mixer", "connectivity": "residual", "num_classes": 1000}
+    if device.type == "cuda":
+        wide = {"depth": 12, "dim": 768, "token_dim": 384, "channel_dim": 3072, "image_size": 224, "patch_size": 16}
+        return Scale(
+            BertConfig(**bert, dim=768, num_heads=12, max_tokens=512),
+            ViTConfig(**vit, size="B", image_size=224, patch_size=16),
+            MixerConfig(**mixer, **wide),
+            text_batch=64,
+            image_batch=128,
+            precision="bf16",
+            steps=10,
+        )
+    wide = {"depth": 16, "dim": 128, "token_dim": 64, "channel_dim": 512, "image_size": 32, "patch_size": 4}
+    return Scale(
+        BertConfig(**bert, dim=256, num_heads=4, max_tokens=128),
+        ViTConfig(**vit, size="Ti", image_size=32, patch_size=4),
+        MixerConfig(**mixer, **wide),
+        text_batch=32,
+        image_batch=64,
+        precision="fp32",
+        steps=1,
+    )
+
+
+def config(model: ModelConfig, data: Path, runs: Path, *, batch: int, precision: str, steps: int = 1) -> Config:
+    """Of a run that neither evaluates nor saves before its end. `data` has the shards, in train and eval."""
+    kind = "text" if isinstance(model, BertConfig) else "images"
+    shards = {"kind": kind, "train": f"{data}/train", "eval": f"{data}/eval"}
+    never = {"every": f"{steps}step"}
+    return Config.model_validate(
+        {
+            "run": {"name": "benchmark", "dir": str(runs)},
+            "model": model.model_dump(),
+            "data": shards | ({"mask_ratio": MASK_RATIO} if kind == "text" else {}),
+            "optim": {"lr": LR, "weight_decay": WEIGHT_DECAY},
+            "train": {"length": f"{steps}step", "global_batch_size": batch, "precision": precision}
+            | {"clip_norm": CLIP_NORM, "log_every": "10step"},
+            "eval": never,
+            "checkpoint": never,
+        }
+    )
+
+
+def pydoc_shards(folder: Path, tokens: int) -> Path:
+    """Shards of the documentation that comes with Python: train, eval and tokenizer."""
+    sources = TextSources(["pydoc"])
+    train_source_tokenizer(sources, PIECES, folder / "tokenizer", character_coverage=1.0, eval_share=0.1)
+    make_text_shards(sources, folder / "tokenizer", folder, tokens=tokens)
+    return folder
+
+
+def tokens_of(shards: Path) -> Iterator[np.ndarray]:
+    """The sequences of a folder of text shards, without masks."""
+    from webdataset import WebDataset
+
+    files = sorted(str(path) for path in shards.glob("*.tar"))
+    return (row for record in WebDataset(files, shardshuffle=False).decode() for row in record["npy"])
+
+
+def write_peer(to: str, model: ModelConfig, folder: Path, shards: Path | None = None) -> Path:
+    """The network that a run of ours starts from, as `to`, "hf" (with the shards' tokenizer) or "timm", loads it."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(shards / "train").serialized_model_proto() if shards else None
+    net = Network(build_model(model), Card(model=model, source="benchmark", full_depth=model.depth), tokenizer)
+    TARGETS[to](net, folder, "fp32")
+    return folder
+
+
+def seconds(step: Callable[[], Any], steps: int, device: torch.device) -> float:
+    """Of one of these steps, on a GPU until it is done."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / steps
