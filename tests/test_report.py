@@ -218,24 +218,26 @@ def test_a_small_set_says_so(rng: np.random.Generator) -> None:
 
 
 def test_influence_and_scores_count_each_sample_once(twins: list[Path]) -> None:
-    """As from the trunk's own readouts, in batches of another size, and with a filler on the second of two ranks."""
+    """As from the trunk's own readouts, in batches of another size, and of two ranks, one of which has a batch more."""
     cfg = read_config(twins[0])
     model = read_model(twins[0]).model
     whole = take_readings(model, build_evaluation(cfg), CPU, "whole")
-    one = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"batch_size": 1000})})
+    one, few = (
+        cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"batch_size": size})}) for size in (1000, 150)
+    )
     ((batch, _),) = build_evaluation(one)
     with torch.no_grad():
         readouts = list(model.trunk.readouts(model.embed(batch["images"])))
     cosines = [F.cosine_similarity(a, b, dim=-1).mean().item() for a, b in itertools.pairwise(readouts)]
     assert whole.influence == pytest.approx([1 - cosine for cosine in cosines], abs=1e-6)
     assert max(whole.influence) > 0.01
-    parts = [take_readings(model, build_evaluation(cfg, rank, 2), CPU, "part") for rank in range(2)]
-    assert [len(part.accuracy) for part in parts] == [199, 198]
-    shared = [(199 * a + 198 * b) / 397 for a, b in zip(*(part.influence for part in parts), strict=True)]
+    parts = [take_readings(model, build_evaluation(few, rank, 2), CPU, "part") for rank in range(2)]
+    assert [len(part.accuracy) for part in parts] == [247, 150]
+    shared = [(247 * a + 150 * b) / 397 for a, b in zip(*(part.influence for part in parts), strict=True)]
     assert shared == pytest.approx(whole.influence, abs=1e-6)
     for name in ("accuracy", "loss"):
-        scores = np.empty_like(whole.accuracy)
-        scores[::2], scores[1::2] = (getattr(part, name) for part in parts)
+        first, second = (getattr(part, name) for part in parts)  # which take turns at batches of 150
+        scores = np.concatenate([first[:150], second, first[150:]])
         assert scores == pytest.approx(getattr(whole, name), abs=1e-5)
     assert not model.head._forward_pre_hooks
 
@@ -270,7 +272,8 @@ def test_cuts(twins: list[Path], report: tuple, tmp_path: Path, digits: Path) ->
     assert cut["accuracy"] == numbers["accuracy"][:3]
     assert (cut["depth"], cut["full_depth"], cut["kind"]) == (2, 3, "export")
     assert cut["costs"][-1]["bytes"] == (export / "model.safetensors").stat().st_size
-    assert not {"gradient_norms", "config", "environment", "measurements"} & cut.keys()
+    assert cut["measurements"] == []
+    assert not {"gradient_norms", "config", "environment"} & cut.keys()
     assert "Gradients" not in (export / "report" / "report.html").read_text()
 
 

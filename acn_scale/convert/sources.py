@@ -67,7 +67,7 @@ def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
     except UserError as error:
         log.warning("%s; the network goes without its accuracy by depth", error)
     state = read_state(checkpoint)
-    if state["short"]:
+    if state.get("short"):
         raise UserError(
             f"{checkpoint}: no ACN yet: train.anneal = {cfg.train.anneal} leaves {state['short']:.2g} of the short "
             "connections; take a checkpoint of a later step"

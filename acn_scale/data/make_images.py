@@ -214,8 +214,8 @@ def describe_images(
     shard_size: int,
     classes: Sequence[str] | None,
     streaming: bool,
-    first_classes: int | None,
-    per_class: int | None,
+    first_classes: int | None = None,
+    per_class: int | None = None,
 ) -> str:
     """What make_image_shards would write, from a look at a hundred of the images. Raises UserError."""
     images = open_images(source, split, classes=classes, streaming=streaming)

@@ -7,12 +7,15 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from multiprocessing import get_context
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from acn_scale import distributed
 from acn_scale.checkpoint import complete
 from acn_scale.config import Config
 from acn_scale.data.make_images import make_image_shards
@@ -22,6 +25,7 @@ from acn_scale.data.text_sources import TextSources
 from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import UserError
 from acn_scale.files import write_together
+from acn_scale.pretrain import train
 from acn_scale.report import aligned
 from acn_scale.runs import check_run_folder, read_json, run_folder
 from acn_scale.stopping import end_with_parent
@@ -96,7 +100,7 @@ def _run(name: str, configs: Sequence[Config], workers: int) -> dict[str, str]:
     bar = tqdm(total=len(configs), desc=name, unit="run", mininterval=0.5 if sys.stderr.isatty() else 20)
     # One thread each; started anew, since a process that has trained may hold locks that a fork would copy.
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(min(workers, len(configs)), get_context("spawn"), initializer=_quiet) as pool:
+    with ProcessPoolExecutor(min(workers, len(configs)), get_context("spawn"), initializer=_start_worker) as pool:
         waiting = {pool.submit(_train, cfg.model_dump(mode="json")): cfg for cfg in configs}
         for future in as_completed(waiting):
             error = future.exception()
@@ -107,22 +111,22 @@ def _run(name: str, configs: Sequence[Config], workers: int) -> dict[str, str]:
     return failures
 
 
-def _quiet() -> None:
-    """The study has one bar of its own; each run's log is in its folder."""
+def _start_worker() -> None:
+    """The study has one bar of its own; each run's log is in its folder.
+
+    All runs of a worker share one process group: DeepSpeed keeps hold of the first one it sees.
+    """
     end_with_parent()
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    stack = ExitStack()
+    stack.enter_context(distributed.process_group())
+    Finalize(None, stack.close, exitpriority=1)  # a worker's end passes other ways of cleaning up by
 
 
 def _train(values: dict[str, Any]) -> None:
-    """In a process of a pool: one run, alone."""
-    from acn_scale import distributed
-    from acn_scale.pretrain import train
-
-    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(variable, None)
-    with distributed.process_group() as device:
-        if not train(Config.model_validate(values), device):
-            raise UserError("stopped by a signal")
+    """In a worker: one run, alone."""
+    if not train(Config.model_validate(values), distributed.local_device()):
+        raise UserError("stopped by a signal")
 
 
 def _write(name: str, study: Study, setting: Setting, findings: Findings, failures: Mapping[str, str]) -> str:
