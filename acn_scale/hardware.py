@@ -1,8 +1,10 @@
 """What devices can do, from their makers' data sheets: peak rates without sparsity, and memory."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # tools/plan.py answers --help without it
+    import torch
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,12 @@ DEVICES: dict[str, Device] = {
 }
 
 
-def peak_rate(device: torch.device, precision: str) -> float | None:
+def peak_rate(device: "torch.device", precision: str) -> float | None:
     """Operations per second at best of the device that this runs on; None where it is not in the table."""
     if device.type != "cuda":
         return None
+    import torch
+
     name = torch.cuda.get_device_name(device).lower()
     # The longest name that fits: "l40s" before "l4".
     fitting = sorted((each for each in DEVICES.values() if each.name in name), key=lambda each: -len(each.name))
