@@ -245,6 +245,9 @@ def test_sizes_of_the_joins() -> None:
     counts |= {"highway": 3 * (16 * 16 + 16), "dense": (2 + 3 + 4) * 16 * 16, "denseformer": 2 + 3 + 4}
     for name in CONNECTIVITY:
         assert size(vit(connectivity=name)) == size(vit()) + counts.get(name, 0), name
+    assert size(vit(connectivity="dense", inner="through")) == size(vit()) + sum(range(2, 8)) * 16 * 16
+    inner = [join for block in vit(connectivity="hyper").trunk.blocks for join in block.joins]
+    assert [join.into.argmax().item() for join in inner] == [0, 1, 2, 3, 0, 1]
 
 
 @pytest.mark.parametrize(
