@@ -66,7 +66,8 @@ def _config(subject: Subject, plan: Movement, out: Path) -> Config:
     depth, times = subject.network.card.model.depth, ceil(log(1 - plan.sparsity) / log(1 - plan.share) - 1e-9)
     name = f"{subject.slug}/depth_{depth:02d}_share_{plan.share:g}_times_{times}"
     layout = ["train.zero_stage=0", "train.offload=none", "train.precision=fp32", "train.ema_decay=0.0"]
-    layout += ["train.batch_ramp=0step", "depth.cut_while_training=false", f"checkpoint.every={plan.every}"]
+    layout += ["train.batch_ramp=0step", "train.anneal=0step", "train.freeze=false", "depth.cut_while_training=false"]
+    layout += [f"checkpoint.every={plan.every}"]
     mine = {"run.dir": out, "run.name": name, "model.depth": depth}
     mine |= {"train.init_from": out / name / "start", "data.eval": subject.data.eval}
     mine |= {"prune.share": plan.share, "prune.every": plan.every, "eval.every": plan.every}

@@ -118,7 +118,7 @@ def _scores(model: torch.nn.Module, evaluation: Evaluation, device: torch.device
 def _export(net: Network, subject: Subject, folder: Path) -> None:
     card = net.card.model_copy(update={"full_depth": subject.network.card.full_depth})
     folder.mkdir()
-    write_export(replace(net, card=card), folder, "fp32")
+    write_export(replace(net, card=card.portable()), folder, "fp32")
 
 
 def _numbers(subject: Subject, full_size: int, points: list[dict[str, float]]) -> dict[str, Any]:

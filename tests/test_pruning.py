@@ -2,6 +2,7 @@
 
 import math
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -32,7 +33,7 @@ from acn_scale.models import build_model
 from acn_scale.movement import Movement
 from acn_scale.optim import build_optimizer, learning_rate
 from acn_scale.pruning import prunable, prune_by_magnitude, prune_by_movement, sparsity
-from acn_scale.runs import read_json, read_metrics, run_folder
+from acn_scale.runs import read_json, read_metrics, run_folder, write_json
 from acn_scale.sparsity import prune_networks
 
 ROOT = Path(__file__).parents[1]
@@ -208,7 +209,13 @@ def moved(folders: list[Path], die_in: int, *options: Any) -> None:
 
 
 def test_by_movement(one_rank: Callable, twins: list[Path], tmp_path: Path) -> None:
-    """A run of each network, which the same command takes up where it was; the curve is its metrics'."""
+    """A run of each network, which the same command takes up where it was; the curve is its metrics'. What the network
+    was trained with is kept, but for what would change which network it is."""
+    annealed = shutil.copytree(twins[0], tmp_path / twins[0].name)
+    config = read_json(annealed / "config.json")
+    config["train"] |= {"anneal": "20step", "freeze": True, "init_from": "elsewhere", "zero_stage": 3}
+    write_json(annealed / "config.json", config)
+    twins = [annealed, twins[1]]
     out, export, unbroken = tmp_path / "out", tmp_path / "export", tmp_path / "unbroken"
     one_rank(moved, twins, 12, "--out", out, "--export", export)
     assert {path.name for path in out.iterdir()} == {"movement"}
@@ -224,6 +231,8 @@ def test_by_movement(one_rank: Callable, twins: list[Path], tmp_path: Path) -> N
         assert [line["prune/sparsity"] for line in lines] == pytest.approx([0, 0.4, 0.64], abs=1e-3)
         assert [point["accuracy"] for point in net["points"]] == [line["eval/accuracy"] for line in lines]
         assert [point["sparsity"] for point in net["points"]] == [line["prune/sparsity"] for line in lines]
+        train = read_json(found / "config.json")["train"]
+        assert [train[key] for key in ("anneal", "freeze", "zero_stage", "clip_norm")] == ["0step", False, 0, 1.0]
         start, end, exported = read_model(found / "start"), read_model(found), read_model(export / folder.name)
         assert same(start, read_model(folder).cut(2))
         assert same(end, exported)
