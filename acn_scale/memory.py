@@ -82,22 +82,13 @@ def memory(cfg: Config, *, stage: int, gpus: int, micro_batch_size: int, recompu
 
 
 @lru_cache
-def _sizes(model: ModelConfig, frozen: bool) -> list[int]:
+def parameters(model: ModelConfig, frozen: bool = False) -> int:
+    """How many numbers are trained; `frozen`: all but the head is."""
     with torch.device("meta"):
         network = build_model(model)
     if frozen:
         freeze(network)
-    return [parameter.numel() for parameter in network.parameters() if parameter.requires_grad]
-
-
-def parameters(model: ModelConfig, frozen: bool = False) -> int:
-    """How many numbers are trained; `frozen`: all but the head is."""
-    return sum(_sizes(model, frozen))
-
-
-def largest(model: ModelConfig, frozen: bool) -> int:
-    """Elements of the largest tensor of weights that is trained."""
-    return max(_sizes(model, frozen))
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import re
 from collections.abc import Callable
 from itertools import repeat
@@ -81,6 +82,7 @@ def test_memory_is_that_of_real_steps(ranks: int) -> None:
 
 def peaks(ranks: int) -> list[int]:
     """Bytes that this process holds at most in steps of each case, beyond what it held before."""
+    os.environ["MALLOC_ARENA_MAX"] = "1"  # or the engine would have the allocator keep what is freed
     for option, value in ((M_MMAP_THRESHOLD, 65536), (M_TRIM_THRESHOLD, 0), (M_ARENA_MAX, 1)):
         assert ctypes.CDLL(None).mallopt(option, value)  # the allocator keeps nothing for itself
     found = []
