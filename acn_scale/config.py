@@ -16,6 +16,8 @@ Init = Literal["xavier", "normal", "torch", "identity"]
 
 # Variants of the residual network, which has a skip round each sublayer: by themselves they go through the blocks.
 OF_SUBLAYERS = ("h_acn", "layer_scale", "rezero", "layernorm_scaling", "value_residual", "hyper")
+# Patterns that carry x past a block, and nothing beside it.
+CARRY_X = ("residual", "highway", "layer_scale", "rezero", "layernorm_scaling")
 # Patterns that a LayerNorm can follow (post-LN): they carry x and no sum beside it, and need no LayerNorm before.
 POST_NORM = ("feedforward", "residual", "highway", "layer_scale", "rezero", "value_residual")
 
@@ -380,7 +382,7 @@ class EarlyExitConfig(Section):
     )
     layer_dropout: float = Field(
         0.0, ge=0, lt=1, description="probability that a sample passes by the last block, at the end of the run; it "
-        "grows with depth and step from 0 (residual and highway only)",
+        "grows with depth and step from 0 (residual networks and highway)",
     )  # fmt: skip
 
     @property
@@ -536,10 +538,10 @@ class Config(Section):
     def _early_exit_fits_model(self) -> "Config":
         if self.early_exit.on and self.model.depth < 2:
             raise ValueError(f"model.depth = {self.model.depth}: the keys of early_exit take 2 blocks or more")
-        if self.early_exit.layer_dropout and self.model.connectivity not in ("residual", "highway"):
+        if self.early_exit.layer_dropout and self.model.connectivity not in CARRY_X:
             raise ValueError(
-                f"early_exit.layer_dropout = {self.early_exit.layer_dropout}: model.connectivity must be residual or "
-                f"highway; in {self.model.connectivity} nothing is carried past a block that is left out"
+                f"early_exit.layer_dropout = {self.early_exit.layer_dropout}: model.connectivity must be one of "
+                f"{', '.join(CARRY_X)}, which carry x past a block that is left out, and no more"
             )
         return self
 

@@ -219,10 +219,12 @@ def test_start_from(exported: Callable[..., Path]) -> None:
     source = network(vit())
     folder = exported(source, "safetensors")
     joins = [f"trunk.joins.{join}.weight" for join in range(3)]
+    inner_joins = [f"trunk.blocks.{block}.joins.{join}.scale" for block in range(3) for join in range(2)]
     for keys, kept in (
         ({"connectivity": "acn"}, []),
         ({"num_classes": 7}, ["head.linear.bias", "head.linear.weight"]),
         ({"connectivity": "denseformer"}, joins),
+        ({"connectivity": "rezero"}, inner_joins),
     ):
         model = build_model(vit(**keys))
         before = {name: weight.clone() for name, weight in model.named_parameters()}

@@ -283,6 +283,7 @@ PASSING = [
     {"connectivity": "residual"},
     {"connectivity": "residual", "inner": "feedforward"},
     {"connectivity": "highway"},
+    {"connectivity": "rezero"},
 ]
 
 
@@ -310,7 +311,10 @@ def test_a_dropped_block_is_as_if_it_were_not_there(build: Callable, keys: dict[
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"early_exit": {"layer_dropout": 0.1}}, "early_exit.layer_dropout = 0.1: model.connectivity must be residual"),
+        (
+            {"early_exit": {"layer_dropout": 0.1}},
+            "early_exit.layer_dropout = 0.1: model.connectivity must be one of res",
+        ),
         ({"early_exit": {"losses": "all"}, "model": {"depth": 1}}, "model.depth = 1"),
         (
             {"train": {"anneal": "1ep"}, "model": {"connectivity": "h_acn"}},

@@ -87,7 +87,7 @@ class DetachedAutoCompressing(AutoCompressing):
 class ScaledAutoCompressing(AutoCompressing):
     """As AutoCompressing, with output x_0 + x_1 / sqrt(1) + ... + x_L / sqrt(L).
 
-    One factor for the whole sum, such as 1 / L, would change nothing: a LayerNorm in the head takes it out again.
+    One factor for the whole sum, such as 1 / L, would change nothing where the head begins with a LayerNorm.
     """
 
     def __init__(self, dim: int, index: int) -> None:
@@ -227,9 +227,9 @@ class DenseFormer(Connectivity):
 class HyperConnections(Connectivity):
     """H_i = A_i^T H_{i-1} + b_i v_i, v_i = f_i(a_i^T H_{i-1}), for streams H of (n, dim), n = 4, all x_0 at first.
 
-    Static hyper-connections (Zhu et al. 2024, arXiv 2409.19606, Eq. 2): A starts as the identity, b as ones, and a
-    picks stream i mod n, which is Residual. The output is the mean of the streams: the sum, but for a factor that the
-    head's LayerNorm takes out.
+    Static hyper-connections (Zhu et al. 2024, arXiv 2409.19606): A starts as the identity, b as ones, and a picks
+    stream i mod n, which is Residual. The output is the mean of the streams; the sum there is the same to a head that
+    begins with a LayerNorm.
     """
 
     streams = 4

@@ -17,7 +17,7 @@ def drop(before: State, after: State, rate: float) -> State:
     """Have each sample pass the block by with probability `rate`: its state stays what it was before.
 
     Every block is computed all the same, so that all ranks gather the same weights. For patterns that carry x past the
-    block in a state of one tensor: residual and highway.
+    block and nothing beside it.
     """
     passes = torch.rand(len(after[0]), 1, 1, device=after[0].device) < rate
     return (torch.where(passes, before[0], after[0]),)
