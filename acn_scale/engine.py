@@ -65,7 +65,7 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says on a CPU that there is no CUDA
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's own calls
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     model = model.to(device)
     if cfg.train.compile:
         for block in model.trunk.blocks:  # alike, so that one compilation does for all
@@ -79,7 +79,7 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
     return engine
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep the blocks that tensors leave, unless its own variables say what it should do.
 
     By default large ones go back to the kernel at once, which clears every page of them anew: a tenth of a step.

@@ -24,14 +24,19 @@ ROWS = [
 ONLY_IN = {"deepspeed": {"engine", "ema"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 
 
+LATER = {"deepspeed", "matplotlib", "timm", "datasets", "sklearn", "transformers", "accelerate"}
+
+
+def imports_of(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        return {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return set()
+
+
 def imports(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return {name for node in ast.walk(ast.parse(path.read_text())) for name in imports_of(node)}
 
 
 def part(path: Path) -> str:
@@ -55,6 +60,26 @@ def test_heavy_packages_stay_where_they_belong() -> None:
         top_level = {name.split(".")[0] for name in imports(path)}
         for package, places in ONLY_IN.items():
             assert package not in top_level or part(path) in places, f"{path} imports {package}"
+
+
+def test_a_run_starts_without_what_it_needs_later() -> None:
+    """Or at all: what takes long to import stands in the functions that use it."""
+    seen, ahead = set(), {"pretrain"}
+    while ahead:
+        path = PACKAGE / f"{ahead.pop().replace('.', '/')}"
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if path in seen or not path.exists():
+            continue
+        seen.add(path)
+        names = {
+            name
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in imports_of(node)
+        }
+        assert not LATER & {name.split(".")[0] for name in names}, path
+        ahead |= {name.removeprefix("acn_scale.") for name in names if name.startswith("acn_scale.")}
+    assert len(seen) > 30
 
 
 def test_no_module_hides_another_package() -> None:

@@ -1,0 +1,100 @@
+"""The benchmark: its arithmetic, its turns, and that both sides of a row do the same work."""
+
+import json
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import bert, mixer, vit
+from test_models import batch_for
+
+from acn_scale.benchmark.rows import row, save, table
+from acn_scale.benchmark.sides import compare
+from acn_scale.benchmark.work import write_peer
+from acn_scale.convert.timm_models import load_timm
+from acn_scale.engine import keep_freed_memory
+from acn_scale.errors import UserError
+from acn_scale.models import build_model
+
+
+def test_a_ratio_is_of_figures_of_the_same_round(tmp_path: Path) -> None:
+    """The machine slowed down after the first round, both sides alike."""
+    made = row("work", "peer", "s", [1.0, 10.0, 10.0], [2.0, 30.0, 20.0], more_is_better=False, peaks=(1.0, 2.0))
+    assert (made.ours, made.theirs, made.ratio, made.ratio_low, made.ratio_high) == (10.0, 20.0, 2.0, 2.0, 3.0)
+    other = row("work", "peer", "images/s", [4.0], [2.0], more_is_better=True)
+    assert other.ratio == 2.0
+    save([made, other], tmp_path / "rows.json")
+    first, second = map(json.loads, (tmp_path / "rows.json").read_text().splitlines())
+    keys = ["work", "peer", "ours", "theirs", "unit", "ratio", "ratio_low", "ratio_high"]
+    assert list(first)[: len(keys)] == keys and first["theirs_peak"] == 2.0 and second["theirs_peak"] is None
+    assert "2.00 ... 3.00" in table([made, other]) and "MFU" not in table([made, other])
+
+
+@contextmanager
+def side(log: Path, name: str, mebibytes: int) -> Iterator[Callable[[], float]]:
+    held = torch.ones(mebibytes * 2**18)
+
+    def measure() -> float:
+        if name == "mistaken":
+            raise UserError("no such peer")
+        with log.open("a") as file:
+            file.write(name)
+        return float(held[0])
+
+    yield measure
+
+
+def test_sides_take_turns_in_processes_of_their_own(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    figures, peaks = compare({"a": (side, log, "a", 1), "b": (side, log, "b", 300)}, rounds=2)
+    assert log.read_text() == "ababab"  # the first round warms up
+    assert figures == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+    assert 200 < peaks["b"] - peaks["a"] < 400
+    with pytest.raises(UserError, match="no such peer"):
+        compare({"mistaken": (side, log, "mistaken", 1)}, rounds=1)
+
+
+@pytest.mark.parametrize("cfg, to", [(bert(), "hf"), (vit(), "timm"), (mixer(), "timm")], ids=["bert", "vit", "mixer"])
+def test_the_peer_is_the_network_that_we_start_from(cfg: Any, to: str, tmp_path: Path) -> None:
+    """The same loss, and the same gradient of the weights next to the input, to 1e-5."""
+    folder = write_peer(to, cfg, tmp_path / "peer")
+    torch.manual_seed(0)
+    ours = build_model(cfg)
+    batch = batch_for(ours)
+    ours(**batch)["loss"].backward()
+    if to == "timm":
+        theirs = load_timm(folder).train()
+        torch.nn.functional.cross_entropy(theirs(batch["images"]), batch["labels"]).backward()
+        gradients = (
+            ours.embed.proj.weight.grad,
+            (theirs.stem if cfg.name == "mixer" else theirs.patch_embed).proj.weight.grad,
+        )
+    else:
+        from transformers import AutoModelForMaskedLM
+
+        theirs = AutoModelForMaskedLM.from_pretrained(folder).train()
+        labels = torch.full_like(batch["tokens"], -100).scatter(1, batch["masked"], batch["labels"])
+        keys = {
+            "input_ids": batch["tokens"],
+            "token_type_ids": batch["segments"],
+            "attention_mask": batch["mask"].long(),
+        }
+        theirs(**keys, labels=labels).loss.backward()
+        gradients = ours.embed.token.weight.grad, theirs.bert.embeddings.word_embeddings.weight.grad
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert gradients[0].abs().max() > 1e-3
+
+
+def test_freed_memory_is_kept() -> None:
+    """The second tensor gets the pages of the first, which the kernel need not clear again."""
+    keep_freed_memory()
+    faults = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert faults[1] < 2**24 * 4 / 4096 / 10, faults
