@@ -16,6 +16,7 @@ from acn_scale.data.sentences import SentenceDecoder
 from acn_scale.data.text import shards_tokenizer
 from acn_scale.errors import UserError
 from acn_scale.runs import read_config
+from acn_scale.tables import aligned
 
 COLUMNS = 8  # of the contact sheet
 
@@ -75,10 +76,7 @@ def _table(samples: Samples, loaded: list[tuple[Any, Any, list[Any]]], batch: Ba
         note = f"stands in for {faults[0]}" if faults else ""
         values = number, key.epoch, key.sample, samples.index.shards[shard].name, place, name, label, note
         rows.append([str(value) for value in values])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return aligned(rows, numbers=False)
 
 
 def contact_sheet(batch: Batch, ids: list[int], samples: Samples) -> Figure:

@@ -20,9 +20,9 @@ from acn_scale.distributed import local_device
 from acn_scale.early_exit import CRITERIA, EarlyExit, Point, cheapest, point, take_readings, tradeoff, tradeoff_figure
 from acn_scale.errors import UserError
 from acn_scale.models.base import Model
-from acn_scale.report import aligned
 from acn_scale.report.measure import BATCH_SIZES, in_turns
 from acn_scale.runs import read_config, write_json
+from acn_scale.tables import aligned
 
 TIMED = 64  # samples
 

@@ -23,10 +23,10 @@ def whole_lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def tsv(rows: Iterable[Sequence[object]]) -> bytes:
-    """Lines of tab-separated values."""
+def csv_lines(rows: Iterable[Sequence[object]], delimiter: str = ",") -> bytes:
+    """A line for each row, its values between delimiters; None is empty."""
     buffer = io.StringIO()
-    csv.writer(buffer, delimiter="\t", lineterminator="\n").writerows(rows)
+    csv.writer(buffer, delimiter=delimiter, lineterminator="\n").writerows(rows)
     return buffer.getvalue().encode()
 
 

@@ -10,7 +10,7 @@ from acn_scale.depth import step_flops
 from acn_scale.durations import Horizon
 from acn_scale.hardware import Device
 from acn_scale.memory import memory, parameters
-from acn_scale.report import aligned
+from acn_scale.tables import aligned
 
 STAGES = (0, 1, 2, 3)
 RESERVE = 0.1  # share of a GPU's memory for its context, NCCL's buffers and what the allocator cannot use

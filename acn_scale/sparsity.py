@@ -23,9 +23,9 @@ from acn_scale.files import check_new, check_writable, new_folder, write_file, w
 from acn_scale.movement import Movement, movement_curve, movement_runs
 from acn_scale.progress import bar
 from acn_scale.pruning import prune_by_magnitude, sparsity
-from acn_scale.report import aligned
 from acn_scale.report.numbers import finite
 from acn_scale.report.subject import Subject, open_subjects
+from acn_scale.tables import aligned
 
 Result = tuple[list[dict[str, float]], Network]  # the points of a curve, and the network at the last of them
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from acn_scale.cli import exit_on_user_error
 from acn_scale.errors import UserError
-from acn_scale.report import aligned
 from acn_scale.runs import read_json, read_metrics
+from acn_scale.tables import aligned
 from acn_scale.watchdog import read_failure, read_heartbeats
 
 ALIVE = 60  # seconds after its last heartbeat in which a run counts as running

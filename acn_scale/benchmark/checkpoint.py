@@ -11,8 +11,8 @@ from acn_scale import distributed
 from acn_scale.benchmark import work
 from acn_scale.benchmark.loop import our_trainer
 from acn_scale.benchmark.model import describe
-from acn_scale.benchmark.rows import Row, row
-from acn_scale.benchmark.sides import Measure, compare
+from acn_scale.benchmark.rows import Row
+from acn_scale.benchmark.sides import Measure, seconds_beside
 from acn_scale.benchmark.startup import startup
 from acn_scale.benchmark.trainer import build_trainer, hide_deepspeed
 from acn_scale.checkpoint import Checkpoints
@@ -29,16 +29,8 @@ def checkpoint_rows(text: Path | None, rounds: int, scale: work.Scale) -> list[R
         peer = work.write_peer("hf", scale.bert, folder / "peer", shards)
         cfg = work.config(scale.bert, shards, folder, batch=BATCH, precision=scale.precision)
         sides = {"ours": (our_stall, cfg), "theirs": (trainer_stall, cfg, peer, folder / "trainer")}
-        figures, peaks = compare(sides, rounds)
-    stall = row(
-        f"training waits for a checkpoint of {describe(scale.bert)}",
-        "Transformers Trainer",
-        "s",
-        figures["ours"],
-        figures["theirs"],
-        more_is_better=False,
-        peaks=(peaks["ours"], peaks["theirs"]),
-    )
+        work_of = f"training waits for a checkpoint of {describe(scale.bert)}"
+        stall = seconds_beside(work_of, "Transformers Trainer", sides, rounds)
     return [stall, startup(rounds, resumed=True)]
 
 

@@ -11,8 +11,8 @@ import torch
 from acn_scale import distributed
 from acn_scale.benchmark import work
 from acn_scale.benchmark.model import describe
-from acn_scale.benchmark.rows import Row, row
-from acn_scale.benchmark.sides import Measure, compare
+from acn_scale.benchmark.rows import Row
+from acn_scale.benchmark.sides import Measure, seconds_beside
 from acn_scale.benchmark.startup import startup
 from acn_scale.benchmark.trainer import trainer_loop
 from acn_scale.config import Config, ViTConfig
@@ -54,15 +54,8 @@ def _beside_bare(rounds: int) -> Row:
         for split in ("train", "eval"):
             make_image_shards("digits", split, Path(folder) / split)
         cfg = work.config(SMALL, Path(folder), Path(folder), batch=64, precision="fp32", steps=STEPS + 1)
-        figures, peaks = compare({"ours": (our_loop, cfg), "bare": (bare_loop, cfg)}, rounds)
-    return row(
-        f"loop of {describe(SMALL)} batch 64",
-        "bare PyTorch",
-        "s",
-        *figures.values(),
-        more_is_better=False,
-        peaks=tuple(peaks.values()),
-    )
+        work_of = f"loop of {describe(SMALL)} batch 64"
+        return seconds_beside(work_of, "bare PyTorch", {"ours": (our_loop, cfg), "bare": (bare_loop, cfg)}, rounds)
 
 
 def _beside_trainer(text: Path | None, rounds: int, scale: work.Scale) -> Row:
@@ -73,15 +66,8 @@ def _beside_trainer(text: Path | None, rounds: int, scale: work.Scale) -> Row:
         batch, steps = scale.text_batch, 2 * scale.steps + 1
         cfg = work.config(scale.bert, shards, folder, batch=batch, precision=scale.precision, steps=steps)
         sides = {"ours": (our_loop, cfg), "theirs": (trainer_loop, cfg, peer, folder / "trainer")}
-        figures, peaks = compare(sides, rounds)
-    return row(
-        f"loop from shards of {describe(scale.bert)} batch {batch}",
-        "Transformers Trainer",
-        "s",
-        *figures.values(),
-        more_is_better=False,
-        peaks=tuple(peaks.values()),
-    )
+        work_of = f"loop from shards of {describe(scale.bert)} batch {batch}"
+        return seconds_beside(work_of, "Transformers Trainer", sides, rounds)
 
 
 class _Timed(Trainer):

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from acn_scale.tables import aligned
+
 
 @dataclass(frozen=True)
 class Row:
@@ -69,6 +71,4 @@ def table(rows: list[Row]) -> str:
         mfu = "" if each.mfu is None else f"{each.mfu:.1%}"
         cells.append([each.work, each.peer, *numbers, f"{each.ratio_low:.2f} ... {each.ratio_high:.2f}", *peaks, mfu])
     shown = [column for column in range(len(head)) if any(line[column] for line in cells)]
-    lines = [[line[column] for column in shown] for line in [head, *cells]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return aligned([[line[column] for column in shown] for line in [head, *cells]], numbers=False)

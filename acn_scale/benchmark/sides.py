@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from acn_scale.benchmark.rows import in_turns
+from acn_scale.benchmark.rows import Row, in_turns, row
 from acn_scale.errors import UserError
 
 Measure = Callable[[], float]
@@ -69,6 +69,12 @@ def compare(sides: dict[str, tuple[Any, ...]], rounds: int) -> tuple[dict[str, l
         opened = {name: stack.enter_context(Side(*side)) for name, side in sides.items()}
         figures = in_turns({name: side.measure for name, side in opened.items()}, rounds)
         return figures, {name: side.peak for name, side in opened.items()}
+
+
+def seconds_beside(work: str, peer: str, sides: dict[str, tuple[Any, ...]], rounds: int) -> Row:
+    """A row of what takes time, of two sides as in `compare`: ours and the peer's."""
+    figures, peaks = compare(sides, rounds)
+    return row(work, peer, "s", *figures.values(), more_is_better=False, peaks=tuple(peaks.values()))
 
 
 def peak_memory() -> float:

@@ -15,7 +15,7 @@ from acn_scale.data.image_noise import ImageNoise
 from acn_scale.data.stream import Evaluation
 from acn_scale.downstream.image_sets import Subject
 from acn_scale.downstream.predictions import Predictions, as_table, predict
-from acn_scale.files import tsv, write_together
+from acn_scale.files import csv_lines, write_together
 from acn_scale.report.bootstrap import share_interval
 from acn_scale.report.measure import describe
 from acn_scale.results import Measurement, write_measurements
@@ -94,7 +94,7 @@ def _per_class(said: Predictions, classes: Sequence[str]) -> bytes:
         mine = right[said.labels == number]
         name = classes[number] if number < len(classes) else number
         rows.append([number, name, len(mine), *(f"{share:.6g}" for share in mine.mean(axis=0))])
-    return tsv(rows)
+    return csv_lines(rows, "\t")
 
 
 def _write_speed(subject: Subject, name: str, samples: int, seconds: float, device: torch.device) -> None:

@@ -15,8 +15,8 @@ from acn_scale.downstream.image_sets import Subject
 from acn_scale.downstream.noise_table import noise_table, paper_tasks
 from acn_scale.downstream.probes import KINDS, fitted
 from acn_scale.errors import UserError
-from acn_scale.report.tables import aligned
 from acn_scale.results import Measurement
+from acn_scale.tables import aligned
 
 
 def evaluate_images(

@@ -6,8 +6,8 @@ from pathlib import Path
 from acn_scale.data.image_noise import PAPER
 from acn_scale.depth import cutoff
 from acn_scale.errors import UserError
-from acn_scale.report.tables import aligned
 from acn_scale.results import Measurement, read_measurements
+from acn_scale.tables import aligned
 
 # Dorovatas et al. 2025, table 2: top-1 (%) on ImageNet, clean and in the order of PAPER.
 PUBLISHED = {

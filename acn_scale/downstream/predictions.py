@@ -9,7 +9,7 @@ from torch import Tensor
 
 from acn_scale import distributed
 from acn_scale.data.stream import Evaluation
-from acn_scale.files import tsv
+from acn_scale.files import csv_lines
 from acn_scale.models.base import Model
 from acn_scale.progress import bar
 
@@ -65,4 +65,4 @@ def as_table(predictions: Predictions, *, labelled: bool = True) -> bytes:
     rows = [["sample", *["label"] * labelled, *(f"depth_{depth:02d}" for depth in range(predictions.outputs.shape[1]))]]
     for sample, label, said in zip(predictions.samples, predictions.labels, predictions.outputs, strict=True):
         rows.append([sample, *[label] * labelled, *said])
-    return tsv(rows)
+    return csv_lines(rows, "\t")

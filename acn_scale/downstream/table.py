@@ -1,10 +1,8 @@
 """The results of many runs as one table: over seeds, at full depth and at the cut-off, networks against one another."""
 
-import csv
-import io
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -13,9 +11,10 @@ from scipy import stats
 
 from acn_scale.depth import cutoff
 from acn_scale.errors import UserError
-from acn_scale.files import write_file
+from acn_scale.files import csv_lines, write_file
 from acn_scale.results import LOWER_IS_BETTER, NOT_SHARES, Measurement, read_measurements, write_measurements
 from acn_scale.runs import read_config, read_json
+from acn_scale.tables import markdown
 from acn_scale.watchdog import read_failure
 
 NOT_SETTINGS = ("run.", "data.", "train.init_from", "eval.", "checkpoint.", "health.", "profile.", "model.")
@@ -74,7 +73,7 @@ def results_table(
         raise UserError(f"{folders[0]}: holds no results; evaluations write eval/*.json")
     if table:
         try:
-            write_file(table, _csv(lines))
+            write_file(table, csv_lines([[field.name for field in fields(Line)], *map(astuple, lines)]))
         except OSError as error:
             raise UserError(f"--csv {table}: {error.strerror}") from None
     if into:
@@ -204,25 +203,14 @@ def _markdown(lines: Sequence[Line]) -> str:
         "p",
         "settings",
     ]
-    rows = [head, ["-" * len(name) for name in head]]
+    rows = [head]
     for line in lines:
         deviation = "" if line.deviation is None else f" ± {line.deviation:.2f}"
         settings = "; ".join(filter(None, [line.settings, line.note]))
         rows.append([line.task, line.network, line.metric, str(line.seeds), f"{line.mean:.2f}{deviation}",
                      f"{line.median:.2f}", f"{line.best:.2f}", f"{line.cutoff} of {line.blocks}",
                      f"{line.mean_there:.2f}", "" if line.p is None else f"{line.p:.3f}", settings])  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    )
-
-
-def _csv(lines: Sequence[Line]) -> bytes:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [field.name for field in fields(Line)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(line) for line in lines)
-    return buffer.getvalue().encode()
+    return markdown(rows)
 
 
 def _as_measurement(line: Line) -> Measurement:

@@ -21,7 +21,7 @@ from acn_scale.data.tasks import TASKS, Task
 from acn_scale.downstream.metrics import measure
 from acn_scale.downstream.predictions import Predictions, as_table, predict
 from acn_scale.errors import UserError
-from acn_scale.files import tsv, write_together
+from acn_scale.files import csv_lines, write_together
 from acn_scale.results import Measurement, write_measurements
 from acn_scale.runs import read_config
 
@@ -178,4 +178,4 @@ def _submission(predictions: Predictions, split: Split, samples: Samples) -> byt
         shard, number = samples.place(int(sample))
         index = json.loads(samples.reader.read(shard, number)["json"])["index"]
         rows.append([index, names[said] if names else f"{min(max(said, 0), 5):.{DIGITS}f}"])
-    return tsv(rows)
+    return csv_lines(rows, "\t")

@@ -14,9 +14,7 @@ from acn_scale.files import check_writable, write_together
 from acn_scale.report.numbers import report_numbers
 from acn_scale.report.page import page
 from acn_scale.report.subject import open_subjects
-from acn_scale.report.tables import aligned, summary
-
-__all__ = ["aligned", "depth_report"]
+from acn_scale.report.tables import summary
 
 
 def depth_report(

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from acn_scale.tables import aligned
+
 
 def summary(numbers: dict[str, Any]) -> str:
     """Accuracy at every depth, the cut-offs, and what is saved there."""
@@ -63,13 +65,3 @@ def unigram_sentence(net: dict[str, Any]) -> str | None:
     if loss is None or guess is None:
         return None
     return f"masked-token loss {loss:.2f} nats, held out; by unigram frequency {guess:.2f}"
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """A table: the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(max(map(len, rows)))]
-    lines = []
-    for name, *cells in rows:
-        padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=False))
-        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
-    return "\n".join(lines)

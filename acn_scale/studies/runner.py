@@ -26,10 +26,10 @@ from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import UserError
 from acn_scale.files import write_together
 from acn_scale.pretrain import train
-from acn_scale.report import aligned
 from acn_scale.runs import check_run_folder, read_json, run_folder
 from acn_scale.stopping import end_with_parent
 from acn_scale.studies.study import Findings, Runs, Setting, Study, Trial
+from acn_scale.tables import aligned, markdown
 
 SMALL = 16  # pixels: laptop scale
 
@@ -132,7 +132,7 @@ def _train(values: dict[str, Any]) -> None:
 def _write(name: str, study: Study, setting: Setting, findings: Findings, failures: Mapping[str, str]) -> str:
     where = f"{setting.scale} scale, {setting.data}, seeds {', '.join(map(str, setting.seeds))}"
     lines = [*findings.sentences, *(f"failed: {run}: {reason}" for run, reason in failures.items())]
-    text = f"# {name}: {study.what}\n\n{where}\n\n{_markdown(findings.table)}\n\n" + "\n".join(
+    text = f"# {name}: {study.what}\n\n{where}\n\n{markdown(findings.table)}\n\n" + "\n".join(
         f"- {line}" for line in lines
     )
     picture = io.BytesIO()
@@ -150,8 +150,3 @@ def _write(name: str, study: Study, setting: Setting, findings: Findings, failur
         + "\n".join(lines)
         + f"\n\nReport:   {folder / name}.md\nPicture:  {folder / name}.png"
     )
-
-
-def _markdown(table: Sequence[Sequence[str]]) -> str:
-    rows = [table[0], ["---"] * len(table[0]), *table[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
