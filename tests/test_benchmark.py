@@ -1,5 +1,6 @@
 """The benchmark: its arithmetic, its turns, that both sides of a row do the same work; memory that is kept."""
 
+import contextlib
 import json
 import resource
 from pathlib import Path
@@ -7,14 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from networks import bert, mixer, vit
+from networks import bert, mixer, network, vit
 from side import side
 from test_models import batch_for
 
+from acn_scale.benchmark import work
+from acn_scale.benchmark.finetuning import pydoc_sentences
 from acn_scale.benchmark.rows import in_turns, row, save, table
 from acn_scale.benchmark.sides import Side
+from acn_scale.benchmark.trainer import sentences
 from acn_scale.benchmark.work import write_peer
+from acn_scale.convert import TARGETS
 from acn_scale.convert.timm_models import load_timm
+from acn_scale.data import build_stream
+from acn_scale.data.make_glue import write_split
+from acn_scale.data.make_text import train_source_tokenizer
+from acn_scale.data.text_sources import TextSources
+from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.engine import keep_freed_memory
 from acn_scale.errors import UserError
 from acn_scale.models import build_model
@@ -73,6 +83,31 @@ def test_the_peer_is_the_network_that_we_start_from(cfg: Any, to: str, tmp_path:
         gradients = ours.embed.token.weight.grad, theirs.bert.embeddings.word_embeddings.weight.grad
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     assert gradients[0].abs().max() > 1e-3
+
+
+def test_both_fine_tune_on_the_same_sentences(tmp_path: Path) -> None:
+    """An epoch has the same token ids with the same labels, whatever batches they come in."""
+    train_source_tokenizer(TextSources(["pydoc"]), 300, tmp_path / "tokenizer")
+    model = bert(num_classes=2, vocab_size=300, max_tokens=16)
+    net = network(model, (tmp_path / "tokenizer" / TOKENIZER_NAME).read_bytes())
+    peer = tmp_path / "peer"
+    peer.mkdir()
+    TARGETS["hf"](net, peer, "fp32")
+    rows = pydoc_sentences(24)
+    info = {"task": "sst2", "split": "train", "classes": ["0", "1"]}
+    for split in ("train", "eval"):
+        write_split(tmp_path / split, rows, info)
+    cfg = work.config(model, tmp_path, tmp_path, batch=4, precision="fp32", tokenizer=str(peer))
+    with contextlib.closing(build_stream(cfg)) as stream:
+        batches = [next(stream) for _ in range(6)]
+    ours = [
+        (tokens[: int(mask.sum())].tolist(), int(label))
+        for batch in batches
+        for tokens, mask, label in zip(batch["tokens"], batch["mask"], batch["labels"], strict=True)
+    ]
+    theirs = [(row["input_ids"], row["labels"]) for row in sentences(tmp_path / "train", peer, model.max_tokens).rows]
+    assert sorted(ours) == sorted(theirs)
+    assert len({len(ids) for ids, _ in theirs}) > 3 and {label for _, label in theirs} == {0, 1}
 
 
 def test_freed_memory_is_kept() -> None:

@@ -18,6 +18,11 @@ def main() -> None:
     parser.add_argument("what", choices=[*WHAT, "all"], help="what to measure")
     parser.add_argument("--images", type=Path, help="class folders of JPEGs for data; default: some are made")
     parser.add_argument("--text", type=Path, help="text shards, train and eval; default: pydoc's text")
+    parser.add_argument(
+        "--glue", type=Path, help="official GLUE files, of which loop takes SST-2; default: pydoc's text"
+    )
+    parser.add_argument("--mosaicml", type=Path, metavar="PYTHON", help="a Python with mosaicml-streaming, which takes "
+                        "older packages than this one has; without it that row of data is left out")  # fmt: skip
     parser.add_argument("--runs", type=Path, nargs=2, metavar=("ACN", "TWIN"), default=RUNS,
                         help="for inference; default: those of `make quickstart`")  # fmt: skip
     parser.add_argument("--rounds", type=positive, default=5, help="rounds that count (default: 5)")
@@ -25,11 +30,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the rows to, an object a line")
     args = parser.parse_args()
 
-    from acn_scale.benchmark.groups import measure
+    from acn_scale.benchmark.groups import Inputs, measure
     from acn_scale.benchmark.rows import save, table
 
     what = WHAT if args.what == "all" else [args.what]
-    rows = measure(what, images=args.images, text=args.text, runs=args.runs, rounds=args.rounds, threads=args.threads)
+    inputs = Inputs(args.images, args.text, args.glue, args.runs, args.mosaicml)
+    rows = measure(what, inputs, args.rounds, args.threads)
     if args.json:
         save(rows, args.json)
     print(table(rows))

@@ -1,5 +1,7 @@
 """The data path beside timm, torchvision and webdataset: decoding, reading, resuming, and its order."""
 
+import contextlib
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from acn_scale.benchmark import mosaicml
 from acn_scale.benchmark.order import index_at_scale, shuffling
 from acn_scale.benchmark.rows import Row, in_turns, row
 from acn_scale.config import ImageDataConfig, StreamConfig, ViTConfig
@@ -21,18 +24,20 @@ from acn_scale.data.order import Order
 from acn_scale.data.samples import Key, Samples
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.stream import BatchPlan, Stream
+from acn_scale.errors import UserError
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 RAW_RECORDS, RAW_BYTES = 2000, 20_000  # in each of the shards that are only read
 
 
-def data_rows(images: Path | None, rounds: int) -> list[Row]:
-    """All of them. `images` is a folder of class folders of JPEGs; without it some are made."""
+def data_rows(images: Path | None, mosaicml_python: Path | None, rounds: int) -> list[Row]:
+    """All of them. `images` is a folder of class folders of JPEGs; without it some are made. `mosaicml_python`
+    has that library; without it its row is left out."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         rows = decoding(images or photos(Path(folder) / "photos"), Path(folder) / "decoding", rounds)
         rows += raw_reading(Path(folder) / "raw", rounds)
-        rows += resuming(Path(folder) / "resume", rounds)
+        rows += resuming(Path(folder) / "resume", mosaicml_python, rounds)
         return [*rows, *shuffling(), *index_at_scale()]
 
 
@@ -190,23 +195,24 @@ def _raw_samples(folder: Path, index: ShardIndex, *, verify: bool, streams: int 
     return Samples(index, _Bytes(), cfg, seed=0, order=order)
 
 
-def resuming(folder: Path, rounds: int) -> list[Row]:
-    """Time to the first batch of 200 shards: fresh, at 90 % of the epoch, and by webdataset's skipping."""
+def resuming(folder: Path, mosaicml_python: Path | None, rounds: int) -> list[Row]:
+    """Time to the first batch of 200 shards: fresh, at 90 % of the epoch, by webdataset's skipping and by MosaicML's
+    streaming."""
     import webdataset
 
-    _write_raw(folder, shards=200, records=200, size=1000)
+    shards, records, size, batch = 200, 200, 1000, 64
+    _write_raw(folder, shards=shards, records=records, size=size)
     names = sorted(str(path) for path in folder.glob("*.tar"))
-    batch = 64
+    samples = int(0.9 * shards * records) // batch * batch
 
-    def ours(share: float) -> Callable[[], float]:
+    def ours(start_at: int) -> Callable[[], float]:
         def measure() -> float:
             start = time.perf_counter()
             index = ShardIndex.load(folder)
             samples = _raw_samples(folder, index, verify=True, streams=8)
             stream = Stream(samples, StreamConfig(train="-", eval="-"), BatchPlan(batch, batch, 0, 1, 1))
-            if share:
-                state = stream.state_dict()
-                stream.load_state_dict(state | {"samples": int(share * index.num_samples) // batch * batch})
+            if start_at:
+                stream.load_state_dict(stream.state_dict() | {"samples": start_at})
             next(stream)
             return time.perf_counter() - start
 
@@ -215,13 +221,32 @@ def resuming(folder: Path, rounds: int) -> list[Row]:
     def theirs() -> float:
         start = time.perf_counter()
         pipeline = iter(webdataset.WebDataset(names, shardshuffle=200).shuffle(4096).batched(batch, collation_fn=None))
-        for _ in range(int(0.9 * 40_000) // batch + 1):
+        for _ in range(samples // batch + 1):
             next(pipeline)
         return time.perf_counter() - start
 
-    figures = in_turns({"fresh": ours(0.0), "at 90 %": ours(0.9), "webdataset": theirs}, rounds)
-    work = "first batch when resumed at 90 % of 200 shards"
-    return [
-        row(work, "our fresh start", "s", figures["at 90 %"], figures["fresh"], more_is_better=False),
-        row(work, "webdataset, skipping", "s", figures["at 90 %"], figures["webdataset"], more_is_better=False),
-    ]
+    contenders = {"ours": ours(samples), "our fresh start": ours(0), "webdataset, skipping": theirs}
+    with contextlib.ExitStack() as stack:
+        if mosaicml_python:
+            sizes = [shards, records, size, batch, samples]
+            theirs = _resumed_by_mosaicml(mosaicml_python, folder / "mds", sizes)
+            contenders["MosaicML streaming"] = stack.enter_context(theirs)
+        figures = in_turns(contenders, rounds)
+    work, mine = "first batch when resumed at 90 % of 200 shards", figures.pop("ours")
+    return [row(work, peer, "s", mine, theirs, more_is_better=False) for peer, theirs in figures.items()]
+
+
+@contextlib.contextmanager
+def _resumed_by_mosaicml(python: Path, folder: Path, sizes: list[int]) -> Iterator[Callable[[], float]]:
+    command = [python, mosaicml.__file__, folder, *map(str, sizes)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def measure() -> float:
+            print(file=process.stdin, flush=True)
+            for line in process.stdout:  # the library prints there too
+                if line.startswith(mosaicml.MARK):
+                    return float(line.removeprefix(mosaicml.MARK))
+            raise UserError(f"--mosaicml {python}: its process has ended; what it wrote says why")
+
+        yield measure
+        process.stdin.close()

@@ -1,6 +1,7 @@
 """The groups of rows by name. What a group needs is looked for before the first is measured."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,50 +22,60 @@ PEERS = {
 }
 
 
-def measure(
-    groups: Sequence[str],
-    *,
-    images: Path | None,
-    text: Path | None,
-    runs: tuple[Path, Path],
-    rounds: int,
-    threads: int | None,
-) -> list[Row]:
-    """`images`: a folder of class folders of JPEGs; `text`: a folder of text shards, train and eval; `runs`: of an ACN
-    and its twin. Raises UserError for a peer or a run that is missing."""
+@dataclass(frozen=True)
+class Inputs:
+    """What users may name. Without it, something is made."""
+
+    images: Path | None  # class folders of JPEGs
+    text: Path | None  # text shards, train and eval
+    glue: Path | None  # official TSV files
+    runs: tuple[Path, Path]  # of an ACN and its twin
+    mosaicml: Path | None  # a Python that has mosaicml-streaming, which takes older packages than ours
+
+
+def measure(groups: Sequence[str], inputs: Inputs, rounds: int, threads: int | None) -> list[Row]:
+    """Raises UserError for a peer or a run that is missing."""
     if threads:
         torch.set_num_threads(threads)
     for group in groups:
         need(*PEERS[group])
     if "inference" in groups:
-        for run in runs:
+        for run in inputs.runs:
             if not run.is_dir():
                 raise UserError(f"{run}: no such run; make quickstart trains both, --runs names others")
             read_config(run)
     rows = []
     for group in groups:
-        rows += _rows(group, images, text, runs, rounds)
+        rows += _rows(group, inputs, rounds)
     return rows
 
 
-def _rows(group: str, images: Path | None, text: Path | None, runs: tuple[Path, Path], rounds: int) -> list[Row]:
+def _rows(group: str, inputs: Inputs, rounds: int) -> list[Row]:
     """Imports what the group needs, and no more."""
+    here = scale(local_device())
     match group:
         case "data":
             from acn_scale.benchmark.data import data_rows
 
             threads = torch.get_num_threads()
-            rows = data_rows(images, rounds)
+            rows = data_rows(inputs.images, inputs.mosaicml, rounds)
             torch.set_num_threads(threads)
             return rows
         case "inference":
             from acn_scale.benchmark.inference import inference_rows
 
-            return inference_rows(*runs, rounds)
+            return inference_rows(*inputs.runs, rounds)
         case "model":
-            from acn_scale.benchmark.model import model_rows as text_rows
+            from acn_scale.benchmark.model import model_rows
+
+            return model_rows(inputs.text, rounds, here)
         case "loop":
-            from acn_scale.benchmark.loop import loop_rows as text_rows
+            from acn_scale.benchmark.finetuning import finetuning
+            from acn_scale.benchmark.loop import loop_rows
+
+            return [*loop_rows(inputs.text, rounds, here), finetuning(inputs.text, inputs.glue, rounds, here)]
         case "checkpoint":
-            from acn_scale.benchmark.checkpoint import checkpoint_rows as text_rows
-    return text_rows(text, rounds, scale(local_device()))
+            from acn_scale.benchmark.checkpoint import checkpoint_rows
+
+            return checkpoint_rows(inputs.text, rounds, here)
+    raise AssertionError(group)

@@ -14,7 +14,7 @@ from acn_scale import distributed
 from acn_scale.benchmark import work
 from acn_scale.benchmark.rows import Row, row
 from acn_scale.benchmark.sides import Measure, compare
-from acn_scale.benchmark.trainer import collator, dataset, hide_deepspeed
+from acn_scale.benchmark.trainer import hide_deepspeed, masked_tokens
 from acn_scale.config import Config, ImageModelConfig, ModelConfig
 from acn_scale.data import build_stream
 from acn_scale.depth import step_flops
@@ -94,19 +94,13 @@ def our_step(cfg: Config, steps: int) -> Iterator[Measure]:
 def transformers_step(cfg: Config, folder: Path, steps: int) -> Iterator[Measure]:
     """The same sequences, masked anew by Transformers' collator."""
     hide_deepspeed()
-    from transformers import AutoModelForMaskedLM
-
     device = distributed.local_device()
-    model = AutoModelForMaskedLM.from_pretrained(folder)
+    task = masked_tokens(Path(cfg.data.train), folder)
     loader = torch.utils.data.DataLoader(
-        dataset(Path(cfg.data.train)),
-        batch_size=cfg.train.global_batch_size,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=collator(folder),
+        task.rows, batch_size=cfg.train.global_batch_size, shuffle=True, drop_last=True, collate_fn=task.collator
     )
     batches = (batch for _ in repeat(None) for batch in loader)
-    yield _peer(model, lambda batch: model(**batch).loss, batches, cfg, steps, device)
+    yield _peer(task.model, lambda batch: task.model(**batch).loss, batches, cfg, steps, device)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""Transformers' Trainer as its users run it: masked language modelling on packed sequences."""
+"""Transformers' Trainer as its users run it: masked tokens of packed sequences, or sentences of classes."""
 
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,45 @@ def hide_deepspeed() -> None:
     sys.modules["deepspeed"] = None
 
 
-def dataset(shards: Path) -> list[dict[str, Any]]:
-    """The sequences of text shards, all in memory."""
-    rows = work.tokens_of(shards)
-    return [{"input_ids": row.tolist(), "special_tokens_mask": (row <= MASK).astype(int).tolist()} for row in rows]
+@dataclass(frozen=True)
+class Work:
+    """What a Trainer is given: rows in memory, what makes batches of them, and the network."""
+
+    model: Any
+    rows: list[dict[str, Any]]
+    collator: Any
 
 
-def collator(folder: Path) -> Any:
-    """It masks anew each time that a sequence comes."""
-    from transformers import AutoTokenizer, DataCollatorForLanguageModeling
+def masked_tokens(shards: Path, folder: Path) -> Work:
+    """The sequences of text shards, masked anew each time that one comes."""
+    from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling
 
-    return DataCollatorForLanguageModeling(AutoTokenizer.from_pretrained(folder), mlm_probability=work.MASK_RATIO)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [
+        {"input_ids": row.tolist(), "special_tokens_mask": (row <= MASK).astype(int).tolist()}
+        for row in work.tokens_of(shards)
+    ]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=work.MASK_RATIO)
+    return Work(AutoModelForMaskedLM.from_pretrained(folder), rows, collator)
+
+
+def sentences(shards: Path, folder: Path, max_tokens: int) -> Work:
+    """The sentences of shards, tokenized once and for all; a batch is padded to its longest."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [
+        dict(tokenizer(*row["texts"], truncation=True, max_length=max_tokens)) | {"labels": int(row["label"])}
+        for row in work.sentences_of(shards)
+    ]
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    return Work(model, rows, DataCollatorWithPadding(tokenizer))
 
 
 def build_trainer(cfg: Config, folder: Path, out: Path, *callbacks: Any, **arguments: Any) -> Any:
     """A Trainer on the network in `folder` with the settings of a run of ours."""
     hide_deepspeed()
-    from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
     settings = TrainingArguments(
         output_dir=str(out),
@@ -52,13 +75,9 @@ def build_trainer(cfg: Config, folder: Path, out: Path, *callbacks: Any, **argum
         disable_tqdm=True,
         **{"save_strategy": "no", "dataloader_drop_last": True} | arguments,
     )
-    return Trainer(
-        model=AutoModelForMaskedLM.from_pretrained(folder),
-        args=settings,
-        train_dataset=dataset(Path(cfg.data.train)),
-        data_collator=collator(folder),
-        callbacks=list(callbacks),
-    )
+    shards = Path(cfg.data.train)
+    task = sentences(shards, folder, cfg.model.max_tokens) if cfg.model.num_classes else masked_tokens(shards, folder)
+    return Trainer(task.model, settings, task.collator, task.rows, callbacks=list(callbacks))
 
 
 @contextmanager

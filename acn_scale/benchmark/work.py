@@ -27,6 +27,7 @@ class Scale:
     """How large the work is: small for a CPU, of the usual size for a GPU."""
 
     bert: BertConfig
+    encoder: BertConfig  # to be fine-tuned on sentences of two classes
     vit: ViTConfig
     mixer: MixerConfig
     text_batch: int  # sequences of a step
@@ -38,12 +39,14 @@ class Scale:
 def scale(device: torch.device) -> Scale:
     """Both sides of a row are the residual network, which the peers have too."""
     bert = {"name": "bert", "connectivity": "residual", "vocab_size": VOCABULARY, "depth": 12, "dropout": 0.1}
+    encoder = bert | {"depth": 6, "num_classes": 2}
     vit = {"name": "vit", "connectivity": "residual", "num_classes": 1000}
     mixer = {"name": "mixer", "connectivity": "residual", "num_classes": 1000}
     if device.type == "cuda":
         wide = {"depth": 12, "dim": 768, "token_dim": 384, "channel_dim": 3072, "image_size": 224, "patch_size": 16}
         return Scale(
             BertConfig(**bert, dim=768, num_heads=12, max_tokens=512),
+            BertConfig(**encoder, dim=768, num_heads=12, max_tokens=128),
             ViTConfig(**vit, size="B", image_size=224, patch_size=16),
             MixerConfig(**mixer, **wide),
             text_batch=64,
@@ -54,6 +57,7 @@ def scale(device: torch.device) -> Scale:
     wide = {"depth": 16, "dim": 128, "token_dim": 64, "channel_dim": 512, "image_size": 32, "patch_size": 4}
     return Scale(
         BertConfig(**bert, dim=256, num_heads=4, max_tokens=128),
+        BertConfig(**encoder, dim=384, num_heads=12, max_tokens=128),
         ViTConfig(**vit, size="Ti", image_size=32, patch_size=4),
         MixerConfig(**mixer, **wide),
         text_batch=32,
@@ -63,10 +67,15 @@ def scale(device: torch.device) -> Scale:
     )
 
 
-def config(model: ModelConfig, data: Path, runs: Path, *, batch: int, precision: str, steps: int = 1) -> Config:
-    """Of a run that neither evaluates nor saves before its end. `data` has the shards, in train and eval."""
-    kind = "text" if isinstance(model, BertConfig) else "images"
-    shards = {"kind": kind, "train": f"{data}/train", "eval": f"{data}/eval"}
+def config(
+    model: ModelConfig, data: Path, runs: Path, *, batch: int, precision: str, steps: int = 1, **more: Any
+) -> Config:
+    """Of a run that neither evaluates nor saves before its end. `data` has the shards, in train and eval; `more` are
+    other keys of [data]."""
+    kind = "images"
+    if isinstance(model, BertConfig):
+        kind = "sentences" if model.num_classes else "text"
+    shards = {"kind": kind, "train": f"{data}/train", "eval": f"{data}/eval"} | more
     never = {"every": f"{steps}step"}
     return Config.model_validate(
         {
@@ -88,6 +97,14 @@ def pydoc_shards(folder: Path, tokens: int) -> Path:
     train_source_tokenizer(sources, PIECES, folder / "tokenizer", character_coverage=1.0, eval_share=0.1)
     make_text_shards(sources, folder / "tokenizer", folder, tokens=tokens)
     return folder
+
+
+def sentences_of(shards: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a folder of shards of sentences: texts, label."""
+    from webdataset import WebDataset
+
+    files = sorted(str(path) for path in shards.glob("*.tar"))
+    return (record["json"] for record in WebDataset(files, shardshuffle=False).decode())
 
 
 def tokens_of(shards: Path) -> Iterator[np.ndarray]:

@@ -35,14 +35,15 @@ def make_glue_shards(source: str, names: Sequence[str], folder: Path) -> list[Sh
                 continue
             for line in lines.broken:
                 log.warning("left out: %s", line)
-            info = {"kind": "sentences", "task": name, "split": split, "classes": list(task.labels)}
-            found.append(_write(folder / name / split, lines.rows, info | {"left_out": lines.broken}))
+            info = {"task": name, "split": split, "classes": list(task.labels), "left_out": lines.broken}
+            found.append(write_split(folder / name / split, lines.rows, info))
         if len(found) == before:
             raise UserError(f"--source {source}: has no {task.folder}/{' or '.join(task.splits.values())}")
     return found
 
 
-def _write(folder: Path, rows: Sequence[Row], info: dict[str, Any]) -> ShardIndex:
+def write_split(folder: Path, rows: Sequence[Row], info: dict[str, Any]) -> ShardIndex:
+    """Shards of these rows. `info`: task, split, classes, and what else the index should say."""
     plan = {key: info[key] for key in ("task", "split")} | {"rows": len(rows), "content": _hash_of(rows)}
     with Making(folder, plan) as making:
         if making.index:
@@ -51,7 +52,7 @@ def _write(folder: Path, rows: Sequence[Row], info: dict[str, Any]) -> ShardInde
         shards = [making.write(number, _records(rows, start)) for number, start in enumerate(starts)]
         # By which rows of like length are put together; tokens are not known yet.
         lengths = [sum(len(text) for text in row.texts) for row in rows]
-        return making.finish(shards, info | {"rows_per_record": 1, "lengths": lengths})
+        return making.finish(shards, {"kind": "sentences", "rows_per_record": 1, "lengths": lengths} | info)
 
 
 def _records(rows: Sequence[Row], first: int) -> Iterator[dict[str, Any]]:

@@ -10,9 +10,11 @@ import json
 import os
 import re
 import tarfile
+import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext
@@ -90,6 +92,36 @@ def _check(shard: Shard) -> None:
         raise ValueError(f"{shard.name}: samples and bytes must be whole numbers from 0 on")
 
 
+def members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
+    """Name, start and size of the regular files of a tar, as Python's tarfile finds them but several times as fast.
+
+    That takes over at the first header which is more than ustar's plain ones. Raises tarfile.TarError.
+    """
+    offset = 0
+    while True:
+        header = os.pread(file.fileno(), tarfile.BLOCKSIZE, offset)
+        name, kind, magic, prefix = header[:100], header[156:157], header[257:262], header[345:346]
+        digits, checksum = header[124:135], header[148:154]
+        if (
+            len(header) < tarfile.BLOCKSIZE
+            or kind != tarfile.REGTYPE
+            or magic != b"ustar"
+            or prefix != b"\0"
+            or not (digits + checksum).isdigit()
+        ):
+            break
+        # Adler-32's lower half is 1 plus the sum of the bytes; that of the checksum's own field is of eight spaces.
+        own = zlib.adler32(header[156:], zlib.adler32(header[:148])) & 0xFFFF
+        if own != (1 + int(checksum, 8) - 8 * ord(" ")) % 65521:
+            break
+        size = int(digits, 8)
+        yield name.rstrip(b"\0").decode("utf-8", "surrogateescape"), offset + tarfile.BLOCKSIZE, size
+        offset += tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    file.seek(offset)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        yield from ((member.name, member.offset_data, member.size) for member in tar if member.isfile())
+
+
 class Table:
     """Where the records of one open shard lie. `extensions` names the columns; a size of -1: the record has no such."""
 
@@ -97,11 +129,10 @@ class Table:
         self.file = path.open("rb", buffering=0)
         records: dict[str, dict[str, tuple[int, int]]] = {}
         try:
-            with tarfile.open(fileobj=self.file, mode="r:") as tar:
-                for member in tar:
-                    key, extension = base_plus_ext(member.name)
-                    if member.isfile() and key is not None:
-                        records.setdefault(key, {})[extension] = (member.offset_data, member.size)
+            for name, start, size in members(self.file):
+                key, extension = base_plus_ext(name)
+                if key is not None:
+                    records.setdefault(key, {})[extension] = (start, size)
         except (tarfile.TarError, OSError, ValueError) as error:
             if not records:
                 raise BadData(f"not a readable tar: {error}") from None

@@ -1,0 +1,60 @@
+"""An epoch of fine-tuning an encoder on sentences, as of SST-2, beside Transformers' Trainer."""
+
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from acn_scale.benchmark import work
+from acn_scale.benchmark.loop import our_loop
+from acn_scale.benchmark.model import describe
+from acn_scale.benchmark.rows import Row
+from acn_scale.benchmark.sides import seconds_beside
+from acn_scale.benchmark.trainer import trainer_loop
+from acn_scale.data import glue_sources
+from acn_scale.data.make_glue import write_split
+from acn_scale.data.tasks import TASKS
+from acn_scale.data.text_sources import TextSources
+from acn_scale.errors import UserError
+
+TASK = "sst2"
+SENTENCES = 1024  # of an epoch: as many seconds on one core as two sides of a round may take
+BATCH = 32
+
+
+def finetuning(text: Path | None, glue: Path | None, rounds: int, scale: work.Scale) -> Row:
+    """Seconds of a step, over a whole epoch. Both pad a batch to its longest sentence; ours also puts those of like
+    length together. `text` is as for model_rows; of `glue`, official TSV files, the first sentences of SST-2 are taken,
+    without it some of pydoc's. Raises UserError.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shards = text or work.pydoc_shards(folder / "text", scale.encoder.max_tokens)
+        rows = _official(glue) if glue else pydoc_sentences(SENTENCES)
+        for split in ("train", "eval"):
+            write_split(folder / split, rows, {"task": TASK, "split": split, "classes": TASKS[TASK].labels})
+        peer = work.write_peer("hf", scale.encoder, folder / "peer", shards)
+        steps = len(rows) // BATCH + 1  # times are between the starts of steps
+        cfg = work.config(
+            scale.encoder, folder, folder, batch=BATCH, precision=scale.precision, steps=steps, tokenizer=str(peer)
+        )
+        sides = {"ours": (our_loop, cfg), "theirs": (trainer_loop, cfg, peer, folder / "trainer")}
+        work_of = (
+            f"fine-tuning on {'SST-2' if glue else 'sentences'}, an epoch of {len(rows):,}, {describe(scale.encoder)}"
+        )
+        return seconds_beside(f"{work_of} batch {BATCH}", "Transformers Trainer", sides, rounds)
+
+
+def _official(folder: Path) -> Sequence[glue_sources.Row]:
+    lines = glue_sources.read_split(f"tsv:{folder}", TASK, TASKS[TASK], "train")
+    if lines is None:
+        raise UserError(f"--glue {folder}: has no {TASKS[TASK].folder}/{TASKS[TASK].splits['train']}")
+    return lines.rows[:SENTENCES]
+
+
+def pydoc_sentences(number: int) -> Sequence[glue_sources.Row]:
+    """The clauses of Python's language reference, whose lengths are about those of SST-2; labels by their lengths."""
+    documents = (" ".join(document.split()) for _, document in TextSources(["pydoc"]).documents())
+    clauses = (clause for document in documents for clause in re.split(r"(?<=[.,:;]) ", document))
+    chosen = [clause for clause in clauses if 2 <= len(clause.split()) <= 50][:number]
+    return [glue_sources.Row((clause,), float(len(clause) % 2), str(row)) for row, clause in enumerate(chosen)]
