@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,8 @@ from sklearn import metrics as sklearn_metrics
 
 from acn_scale.cli import load_config
 from acn_scale.config import BertConfig
-from acn_scale.convert.export import write_export
+from acn_scale.convert import TARGETS
+from acn_scale.convert.export import read_export, write_export
 from acn_scale.convert.network import Card, Network
 from acn_scale.data import build_stream
 from acn_scale.data.encoders import load_encoder
@@ -295,6 +297,25 @@ def test_what_does_not_fit_is_refused(encoder: Path, shards: Path, tmp_path: Pat
     other = fine_tuning(tmp_path, encoder, shards, "mrpc", f"data.train={shards}/mnli/train", "model.num_classes=2")
     with pytest.raises(UserError, match="has 3 classes"):
         build_stream(other)
+
+
+def test_anothers_tokenizer_is_refused(encoder: Path, shards: Path, tmp_path: Path) -> None:
+    """Of ours and of Hugging Face's folders; as many pieces do not make it the same, a copy of one file does."""
+    net = read_export(encoder)
+    cfg = net.card.model.model_copy(update={"connectivity": "residual"})
+    (tmp_path / "hf").mkdir()
+    TARGETS["hf"](
+        Network(build_model(cfg), net.card.model_copy(update={"model": cfg}), net.tokenizer), tmp_path / "hf", "fp32"
+    )
+    train_source_tokenizer(TextSources(["pydoc"]), 300, tmp_path / "other", eval_share=0.5)
+    for name in ("same/tokenizer.json", "same_ours/tokenizer.model"):
+        (tmp_path / name).parent.mkdir()
+    shutil.copy(tmp_path / "hf/tokenizer.json", tmp_path / "same")
+    (tmp_path / "same_ours/tokenizer.model").write_bytes(net.tokenizer)
+    for source, same in ((encoder, "same_ours"), (f"hf:{tmp_path}/hf", "same")):
+        fine_tuning(tmp_path, source, shards, "mrpc", f"data.tokenizer={tmp_path}/{same}")
+        with pytest.raises(UserError, match="other: not the tokenizer that"):
+            fine_tuning(tmp_path, source, shards, "mrpc", f"data.tokenizer={tmp_path}/other")
 
 
 def test_a_network_of_another_kind_is_refused(two_ranks: Ranks, encoder: Path, shards: Path) -> None:

@@ -9,7 +9,7 @@ from acn_scale.config import ModelConfig, RemoteConfig, SentenceDataConfig
 from acn_scale.convert.hugging_face import read_parts
 from acn_scale.convert.network import Images
 from acn_scale.convert.sources import read_model
-from acn_scale.data.encoders import TOKENIZER_FILES
+from acn_scale.data.encoders import TOKENIZER_FILES, load_encoder
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import UserError
@@ -52,7 +52,7 @@ def _known_of(source: str) -> tuple[ModelConfig, bytes | None, Images | None]:
 def tokenizer_folder(source: str) -> str:
     """Where the tokenizer of a network lies. Raises UserError where there is none."""
     path = Path(source.removeprefix("hf:"))
-    if any((path / name).exists() for name in TOKENIZER_FILES):
+    if _has_tokenizer(path):
         return str(path)
     run = path.absolute().parents[1] if (path / STATE_NAME).exists() else path
     if not (run / "config.json").exists():
@@ -61,7 +61,21 @@ def tokenizer_folder(source: str) -> str:
     return data.tokenizer if isinstance(data, SentenceDataConfig) else data.train
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
+
+
 def _check_tokenizer(tokenizer: bytes | None, source: str, folder: str) -> None:
-    path = Path(folder) / TOKENIZER_NAME
-    if tokenizer is not None and (not path.exists() or path.read_bytes() != tokenizer):
+    path, theirs = Path(folder) / TOKENIZER_NAME, Path(source.removeprefix("hf:"))
+    if tokenizer is not None:
+        fits = path.exists() and path.read_bytes() == tokenizer
+    else:  # of Hugging Face's, several files can hold one and the same
+        fits = not _has_tokenizer(theirs) or _pieces(theirs) == _pieces(Path(folder))
+    if not fits:
         raise UserError(f"data.tokenizer = {folder}: not the tokenizer that {source} was trained with")
+
+
+def _pieces(folder: Path) -> list[str]:
+    """What the ids stand for."""
+    encoder = load_encoder(folder)
+    return encoder.pieces(list(range(encoder.vocab_size)))
