@@ -61,8 +61,9 @@ def text_parser(description: str | None) -> argparse.ArgumentParser:
         description=description, epilog=TEXT_SOURCES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--source", required=True, nargs="+", help="where the text comes from, one or several: see below")
-    add("--weights", type=float, nargs="+", help="mix the sources by these shares of characters, until one of them has "
+    several = {"nargs": "+", "action": "extend"}  # given again, an option adds to what it had
+    add("--source", required=True, **several, help="where the text comes from, one or several: see below")
+    add("--weights", type=float, **several, help="mix the sources by these shares of characters, until one of them has "
         "no more (default: all of each)")  # fmt: skip
     add("--column", default="text", help="of the text in JSONL, Parquet and Hugging Face rows (default: text)")
     add("--streaming", action="store_true", help="hf: read from the hub without a copy on disk")

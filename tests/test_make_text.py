@@ -13,6 +13,7 @@ import pytest
 import webdataset as wds
 from made import hashes, record_of, run_killed
 
+from acn_scale.cli import text_parser
 from acn_scale.data.make_text import describe_text, make_text_shards, train_source_tokenizer
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.text_sources import Counts, TextSources, split_documents
@@ -181,3 +182,9 @@ def test_shards_of_other_text_are_not_taken_over(prose: Path, tmp_path: Path) ->
 
 def test_dry_run_says_what_there_is() -> None:
     assert "71 train, 7 eval" in describe_text(TextSources(["pydoc"]), 0.1)
+
+
+@pytest.mark.parametrize("words", [["--source", "a", "b", "--weights", "1", "2"], ["--source", "a", "--source", "b"]])
+def test_sources_add_up(words: list[str]) -> None:
+    args = text_parser(None).parse_args([*words, "--out", "here"])
+    assert args.source == ["a", "b"] and args.weights in (None, [1.0, 2.0])
