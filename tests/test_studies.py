@@ -12,7 +12,7 @@ from acn_scale.config import Config
 from acn_scale.depth import cutoff
 from acn_scale.errors import UserError
 from acn_scale.runs import read_metrics, run_folder
-from acn_scale.studies import STUDIES, depth
+from acn_scale.studies import depth
 from acn_scale.studies.runner import reproduce
 from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, per_cent
 
@@ -70,12 +70,12 @@ def config_of(trial: Trial, here: Setting) -> Config:
     return trial.config_of(0, here, [])
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", depth.STUDIES)
 @pytest.mark.parametrize("scale", ["laptop", "paper"])
 def test_twins_differ_in_one_thing(tmp_path: Path, name: str, scale: str) -> None:
     """At laptop scale in the connectivity alone; the paper trains its ACNs longer."""
     here = setting(tmp_path, 0, scale=scale)
-    configs = {trial.name: config_of(trial, here) for trial in STUDIES[name].trials(here)}
+    configs = {trial.name: config_of(trial, here) for trial in depth.STUDIES[name].trials(here)}
     for trial, cfg in configs.items():
         twin = configs[trial.replace("acn", "residual")]
         assert twin.model.connectivity == "residual"
