@@ -14,7 +14,7 @@ from acn_scale.data.image_noise import PAPER
 from acn_scale.depth import cutoff
 from acn_scale.downstream.noise_table import PUBLISHED
 from acn_scale.errors import UserError
-from acn_scale.results import read_measurements
+from acn_scale.results import Measurement, read_measurements, write_measurements
 from acn_scale.runs import read_config, read_json, read_metrics, run_folder
 from acn_scale.studies import STUDIES, connectivity, gradients, noise, runner
 from acn_scale.studies.study import TOLERANCE, Findings, Runs, Setting
@@ -147,6 +147,15 @@ def curves_of(folder: Path) -> dict[str, list[float]]:
         if line.metric == "accuracy":
             tasks.setdefault(line.task, []).append(line.value)
     return tasks
+
+
+def test_noise_is_read_at_full_depth_and_at_the_cutoff(vit: Callable[..., Config], tmp_path: Path) -> None:
+    cfg = vit(data={"eval": "birds/eval"})
+    run_folder(cfg).mkdir(parents=True)
+    for task, curve in {"birds": [0.1, 0.598, 0.6], **{f"birds+{each}": [0.1, 0.5, 0.4] for each in PAPER}}.items():
+        lines = [Measurement(task=task, metric="accuracy", value=v, depth=depth) for depth, v in enumerate(curve)]
+        write_measurements(run_folder(cfg), task, lines)
+    assert noise.by_depth(cfg) == [[0.6, *[0.4] * 6], [0.598, *[0.5] * 6]]
 
 
 def test_what_noise_takes() -> None:
