@@ -23,6 +23,10 @@ def setting(folder: Path, *seeds: int, scale: str = "laptop") -> Setting:
     return Setting(scale=scale, seeds=list(seeds), data="digits", folder=folder / "runs" / "study")
 
 
+def note(cfg: Config) -> None:
+    (run_folder(cfg) / "noted").write_text("")
+
+
 def study(*extra: str) -> Study:
     """Twins of 6 steps on four digits, 20 images each; `extra` overrides keys of the second one."""
 
@@ -39,7 +43,7 @@ def study(*extra: str) -> Study:
         rows = [[name, per_cent([curve[-1] for curve in each.accuracy])] for name, each in runs.items()]
         return Findings([["network", "accuracy"], *rows], depth.curves(runs), ["a sentence"])
 
-    return Study("twins", trials, findings)
+    return Study("twins", trials, findings, note, "not*")
 
 
 def test_a_study_is_what_its_runs_say(tmp_path: Path) -> None:
@@ -54,11 +58,12 @@ def test_a_study_is_what_its_runs_say(tmp_path: Path) -> None:
     assert "a sentence" in text
     config = json.loads((here.folder / "acn/seed=1/config.json").read_text())
     assert (config["model"]["num_classes"], config["run"]["seed"]) == (4, 1)
+    (here.folder / "acn/seed=1/noted").unlink()  # a study that was killed before it had measured this run
     before = {path: path.stat().st_mtime_ns for path in here.folder.glob("*/*/metrics.jsonl")}
     more = setting(tmp_path, 0, 1, 2)
     reproduce("twins", study(), more, workers=2)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert len(list(here.folder.glob("*/*/metrics.jsonl"))) == 6
+    assert len(list(here.folder.glob("*/*/metrics.jsonl"))) == 6 == len(list(here.folder.glob("*/*/noted")))
 
 
 def test_a_run_that_fails_is_named(tmp_path: Path) -> None:

@@ -76,13 +76,14 @@ def test_what_the_connectivity_study_says(runs: dict[str, Runs], tmp_path: Path)
     assert connectivity.step_mebibytes(dense) > connectivity.step_mebibytes(plain)
 
 
-def test_a_network_that_learned_nothing_has_no_lowest_cutoff(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cutoff_of_a_network_that_learned_nothing_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Runs, "accuracy", property(lambda runs: runs.configs))
     monkeypatch.setattr(connectivity, "step_milliseconds", lambda runs: [1.0])
     curves = {"feedforward": [0.1, 0.1, 0.1, 0.1], "acn": [0.1, 0.7, 0.9, 0.9], "residual": [0.1, 0.2, 0.5, 0.92]}
     said = connectivity.sentences({name: Runs([curve]) for name, curve in curves.items()})
     assert "below its residual twin's on 1 of 1 seeds; its accuracy at full depth is 2.0 points lower" in said[0]
     assert said[1] == "residual is the most accurate; of the 2 within 3 points of it, acn has the lowest cut-off."
+    assert said[2:] == ["feedforward has hardly learned: its curve is flat, and its cut-off says nothing."]
 
 
 def test_what_the_gradient_study_says(runs: dict[str, Runs], tmp_path: Path) -> None:

@@ -66,14 +66,23 @@ def sentences(runs: Mapping[str, Runs]) -> list[str]:
     gap = 100 * (acn.mean_accuracy[-1] - twin.mean_accuracy[-1])
     cost = fmean(step_milliseconds(acn)) / fmean(step_milliseconds(twin))
     most = max(runs, key=lambda name: runs[name].mean_accuracy[-1])
-    # A network that learned nothing is flat from the start: its cut-off says nothing.
     near = [name for name in runs if runs[name].mean_accuracy[-1] >= runs[most].mean_accuracy[-1] - 0.03]
     lowest = min(near, key=lambda name: fmean(runs[name].cutoffs))
     return [
         f"The ACN's cut-off is below its residual twin's on {below} of {len(pairs)} seeds; its accuracy at full depth "
         f"is {abs(gap):.1f} points {'higher' if gap >= 0 else 'lower'}, and its step takes {cost:.2f} times as long.",
         f"{most} is the most accurate; of the {len(near)} within 3 points of it, {lowest} has the lowest cut-off.",
+        *(
+            f"{name} has hardly learned: its curve is flat, and its cut-off says nothing."
+            for name in sorted(runs.keys() - learned(runs))
+        ),
     ]
+
+
+def learned(runs: Mapping[str, Runs]) -> set[str]:
+    """Those at least half as accurate as the best."""
+    full = {name: each.mean_accuracy[-1] for name, each in runs.items()}
+    return {name for name, value in full.items() if value >= max(full.values()) / 2}
 
 
 def differences(setting: Setting) -> list[str]:
@@ -81,18 +90,19 @@ def differences(setting: Setting) -> list[str]:
     what = "The published values are of MLP-Mixers on CIFAR-10 after 700 epochs, and of four patterns alone"
     if setting.scale == "laptop":
         what += "; these are small ViTs after 330 steps, and other runs share the machine with each"
-    return [f"{what}. All have the hyper-parameters of the residual network.", memory_said]
+    return [f"{what}. All have the same hyper-parameters.", memory_said]
 
 
 def picture(runs: Mapping[str, Runs]) -> Figure:
-    """Accuracy against the share of the blocks that it takes, and the readouts at every depth."""
+    """Accuracy against the blocks that it takes, of those that learned, and the readouts of all at every depth."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, (name, each) in enumerate(runs.items()):
         style = {"color": f"C{number % 10}", "marker": "os^"[number // 10], "label": name}
         cut, full = fmean(each.cutoffs), 100 * each.mean_accuracy[-1]
-        left.plot(cut, full, linestyle="none", **style)
-        left.annotate(name, (cut, full), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
+        if name in learned(runs):
+            left.plot(cut, full, linestyle="none", **style)
+            left.annotate(name, (cut, full), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
         right.plot([100 * value for value in each.mean_accuracy], markersize=3, linewidth=1, **style)
     _label(left, f"cut-off within {TOLERANCE} points (blocks)", "Accuracy at full depth against cut-off")
     _label(right, "depth (blocks)", "Readout at every depth")
