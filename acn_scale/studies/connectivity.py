@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from statistics import fmean
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -109,11 +110,13 @@ def picture(runs: Mapping[str, Runs]) -> Figure:
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, (name, each) in enumerate(runs.items()):
-        style = {"color": f"C{number % 10}", "marker": "os^"[number // 10], "label": name}
+        style = {"color": colormaps["tab20"](number), "marker": "os"[number % 2], "label": name}
         cut, full = fmean(each.cutoffs), 100 * each.mean_accuracy[-1]
         if name in learned(runs):
             left.plot(cut, full, linestyle="none", **style)
-            left.annotate(name, (cut, full), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
+            left.annotate(
+                name, (cut, full), xytext=(4, (4, -9)[number % 2]), textcoords="offset points", fontsize="x-small"
+            )
         right.plot([100 * value for value in each.mean_accuracy], markersize=3, linewidth=1, **style)
     _label(left, f"cut-off within {TOLERANCE} points (blocks)", "Accuracy at full depth against cut-off")
     _label(right, "depth (blocks)", "Readout at every depth")
