@@ -25,7 +25,7 @@ PUBLISHED = {
     "denseformer": "90.4 %, 16 of 16",
     "acn": "92.0 %, 12 of 16",
 }
-BUDGET = {"laptop": ["train.length=330step"], "paper": []}
+BUDGET = {"laptop": ["train.length=330step", "eval.every=1run"], "paper": []}
 CONFIG = {"laptop": "studies/vit.toml", "paper": "vit/residual_vit_b16.toml"}
 
 
