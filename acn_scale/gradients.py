@@ -1,4 +1,6 @@
-"""What a block's gradient is made of: what comes straight from the output, and what comes through later blocks."""
+"""What a block's gradient is made of: what comes straight from the output, and what comes through later blocks; and
+the 1-D linear network, where all of it is known in closed form.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,3 +84,58 @@ def _split(full: Tensor, direct: Tensor) -> Split:
     norms = full.norm().item(), direct.norm().item(), (full - direct).norm().item()
     product = norms[0] * norms[1]
     return Split(*norms, cosine=(full @ direct).item() / product if product else float("nan"))
+
+
+class Line(Model):
+    """The 1-D linear network: block i multiplies by w_i, and the loss is the output (Dorovatas et al. 2025, app. C)."""
+
+    def __init__(self, pattern: str, weights: Tensor) -> None:
+        """weights: (depth,)."""
+        super().__init__()
+        self.trunk = Trunk([_Factor(weight) for weight in weights], pattern, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (batch, tokens, 1) -> "loss": (), the sum of the outputs."""
+        return {"loss": self.trunk(x).sum()}
+
+
+class _Factor(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.weight * x
+
+
+def line_gradients(pattern: str, weights: Tensor) -> Tensor:
+    """dy/dw_i / x_0 of the 1-D linear network, i = 1, ..., depth (Dorovatas et al. 2025, table 1 and app. C).
+
+    weights: (depth,) -> (depth,). What enters the block, times what the blocks above make of its output:
+    feedforward  prod_{m<i} w_m        prod_{k>i} w_k
+    residual     prod_{m<i} (1 + w_m)  prod_{k>i} (1 + w_k)
+    acn          prod_{m<i} w_m        1 + sum_{j>i} prod_{i<k<=j} w_k
+    acn_detached                       the direct path alone, 1
+    """
+    factors = 1 + weights if pattern == "residual" else weights
+    found = []
+    for i in range(len(weights)):
+        below, above = factors[:i].prod(), factors[i + 1 :]
+        direct = 1.0 if pattern.startswith("acn") else above.prod()
+        mediated = above.cumprod(dim=0).sum() if pattern == "acn" else 0.0
+        found.append(below * (direct + mediated))
+    return torch.stack(found)
+
+
+def backward_paths(pattern: str, depth: int) -> list[int]:
+    """Paths from the output to the output of block i, i = 1, ..., depth (the same, section 2).
+
+    Among those of an ACN and of a residual network there is one direct path, past all later blocks.
+    """
+    count = {
+        "feedforward": lambda later: 1,
+        "residual": lambda later: 2**later,
+        "acn": lambda later: 1 + later,
+        "acn_detached": lambda later: 1,
+    }[pattern]
+    return [count(depth - i) for i in range(1, depth + 1)]

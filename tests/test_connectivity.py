@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from acn_scale.config import OF_SUBLAYERS, Pattern, ViTConfig
+from acn_scale.gradients import line_gradients
 from acn_scale.models.connectivity import CONNECTIVITY, AutoCompressing, Highway, patterns
 from acn_scale.models.trunk import Trunk
 
@@ -25,22 +26,6 @@ class Branch(nn.Module):
         return self.function(x)
 
 
-def product(factors: Tensor) -> Tensor:
-    return factors.prod()
-
-
-def closed_form(pattern: str, w: Tensor, i: int) -> Tensor:
-    """dy/dw_i / x_0 of the 1-D linear network, i from 0 (Dorovatas et al. 2025, Table 1)."""
-    below, above = w[:i], w[i + 1 :]
-    if pattern == "feedforward":
-        return product(above) * product(below)
-    if pattern == "residual":
-        return product(1 + above) * product(1 + below)
-    if pattern == "acn_detached":  # of the ACN's paths the direct one alone
-        return product(below)
-    return (1 + sum(product(above[: j + 1]) for j in range(len(above)))) * product(below)
-
-
 @pytest.mark.parametrize("pattern", ["feedforward", "residual", "acn", "acn_detached"])
 @pytest.mark.parametrize("depth", [1, 2, 5, 12])
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -49,8 +34,7 @@ def test_gradients_of_the_one_dimensional_network(pattern: str, depth: int, seed
     x, w = torch.randn(1, 1, 1, dtype=torch.float64), (torch.rand(depth, dtype=torch.float64) * 2 - 1).requires_grad_()
     trunk = Trunk([Branch(lambda x, i=i: w[i] * x) for i in range(depth)], pattern, 1)
     (gradient,) = torch.autograd.grad(trunk(x).sum(), w)
-    expected = torch.stack([closed_form(pattern, w.detach(), i) for i in range(depth)]) * x.item()
-    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, line_gradients(pattern, w.detach()) * x.item(), rtol=1e-12, atol=1e-12)
 
 
 def connections(pattern: str, trunk: Trunk) -> tuple[list[Tensor], list[Tensor]]:

@@ -4,27 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_connectivity import Branch, closed_form
 from test_models import batch_for, bert, mixer, randomize, vit
 from torch import Tensor, nn
 
-from acn_scale.gradients import split_gradients
+from acn_scale.gradients import Line, backward_paths, line_gradients, split_gradients
 from acn_scale.models.base import Model
-from acn_scale.models.trunk import Trunk
-
-
-class Line(Model):
-    """The 1-D linear network, whose loss is its output."""
-
-    def __init__(self, pattern: str, weights: Tensor) -> None:
-        super().__init__()
-        blocks = [Branch(nn.Linear(1, 1, bias=False, dtype=torch.float64)) for _ in weights]
-        for block, weight in zip(blocks, weights, strict=True):
-            nn.init.constant_(block.function.weight, weight)
-        self.trunk = Trunk(blocks, pattern, 1)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"loss": self.trunk(x).sum()}
 
 
 @pytest.mark.parametrize("pattern", ["feedforward", "residual", "acn"])
@@ -36,8 +20,8 @@ def test_closed_forms_of_the_one_dimensional_network(pattern: str, depth: int) -
     x = torch.randn(1, 1, 1, dtype=torch.float64)
     splits = split_gradients(Line(pattern, weights), {"x": x})
     assert list(splits) == [f"block_{block:02d}" for block in range(1, depth + 1)]
-    for i, split in enumerate(splits.values()):
-        full = (closed_form(pattern, weights, i) * x).item()
+    for i, (split, expected) in enumerate(zip(splits.values(), line_gradients(pattern, weights), strict=True)):
+        full = (expected * x).item()
         into = {"feedforward": weights[:i].prod(), "acn": weights[:i].prod(), "residual": (1 + weights[:i]).prod()}
         direct = (into[pattern] * x).item() if pattern != "feedforward" or i == depth - 1 else 0.0
         assert (split.full, split.direct) == pytest.approx((abs(full), abs(direct)), rel=1e-12)
@@ -46,10 +30,8 @@ def test_closed_forms_of_the_one_dimensional_network(pattern: str, depth: int) -
     one = {"x": torch.ones(1, 1, 1, dtype=torch.float64)}
     ones = split_gradients(Line(pattern, torch.ones(depth)), one).values()
     entering = [2**i if pattern == "residual" else 1 for i in range(depth)]
-    count = {"feedforward": lambda i: 1, "acn": lambda i: depth - i, "residual": lambda i: 2 ** (depth - 1 - i)}
-    assert [split.full / n for split, n in zip(ones, entering, strict=True)] == [
-        count[pattern](i) for i in range(depth)
-    ]
+    counts = [split.full / n for split, n in zip(ones, entering, strict=True)]
+    assert counts == backward_paths(pattern, depth)
 
 
 def gradients(model: Model, batch: dict[str, Tensor], block: nn.Module) -> Tensor:

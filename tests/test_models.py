@@ -182,6 +182,21 @@ def test_stochastic_depth(connectivity: str) -> None:
             torch.testing.assert_close(got[~dropped], whole[~dropped] / (1 - 0.2 * number))
 
 
+def test_stochastic_depth_is_a_row_of_the_connection_matrix() -> None:
+    """What is drawn once makes a linear pattern: the trunk's output is x and the sublayers' outputs, some of them 0."""
+    torch.manual_seed(0)
+    model = vit(connectivity="residual", drop_path=0.9).train()
+    outputs = []
+    for block in model.trunk.blocks:
+        for sublayer in block.blocks:
+            sublayer.register_forward_hook(lambda module, args, output: outputs.append(output))
+    x = torch.randn(8, 5, 16)
+    found = model.trunk(x)
+    torch.testing.assert_close(found, x + sum(outputs))
+    dropped = torch.stack([(output == 0).flatten(1).all(dim=1) for output in outputs])
+    assert dropped[2:].any() and not dropped.all()
+
+
 @every_model
 def test_twins_start_from_the_same_weights(build: Any) -> None:
     weights = []

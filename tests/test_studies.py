@@ -12,7 +12,7 @@ from acn_scale.config import Config
 from acn_scale.depth import cutoff
 from acn_scale.errors import UserError
 from acn_scale.runs import read_metrics, run_folder
-from acn_scale.studies import STUDIES, depth
+from acn_scale.studies import depth
 from acn_scale.studies.runner import reproduce
 from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, per_cent
 
@@ -21,6 +21,10 @@ SMALL = ["train.length=6step", "model.depth=2", "model.dim=16", "model.num_heads
 
 def setting(folder: Path, *seeds: int, scale: str = "laptop") -> Setting:
     return Setting(scale=scale, seeds=list(seeds), data="digits", folder=folder / "runs" / "study")
+
+
+def note(cfg: Config) -> None:
+    (run_folder(cfg) / "noted").write_text("")
 
 
 def study(*extra: str) -> Study:
@@ -39,7 +43,7 @@ def study(*extra: str) -> Study:
         rows = [[name, per_cent([curve[-1] for curve in each.accuracy])] for name, each in runs.items()]
         return Findings([["network", "accuracy"], *rows], depth.curves(runs), ["a sentence"])
 
-    return Study("twins", trials, findings)
+    return Study("twins", trials, findings, note, "not*")
 
 
 def test_a_study_is_what_its_runs_say(tmp_path: Path) -> None:
@@ -54,11 +58,12 @@ def test_a_study_is_what_its_runs_say(tmp_path: Path) -> None:
     assert "a sentence" in text
     config = json.loads((here.folder / "acn/seed=1/config.json").read_text())
     assert (config["model"]["num_classes"], config["run"]["seed"]) == (4, 1)
+    (here.folder / "acn/seed=1/noted").unlink()  # a study that was killed before it had measured this run
     before = {path: path.stat().st_mtime_ns for path in here.folder.glob("*/*/metrics.jsonl")}
     more = setting(tmp_path, 0, 1, 2)
     reproduce("twins", study(), more, workers=2)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert len(list(here.folder.glob("*/*/metrics.jsonl"))) == 6
+    assert len(list(here.folder.glob("*/*/metrics.jsonl"))) == 6 == len(list(here.folder.glob("*/*/noted")))
 
 
 def test_a_run_that_fails_is_named(tmp_path: Path) -> None:
@@ -70,12 +75,12 @@ def config_of(trial: Trial, here: Setting) -> Config:
     return trial.config_of(0, here, [])
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", depth.STUDIES)
 @pytest.mark.parametrize("scale", ["laptop", "paper"])
 def test_twins_differ_in_one_thing(tmp_path: Path, name: str, scale: str) -> None:
     """At laptop scale in the connectivity alone; the paper trains its ACNs longer."""
     here = setting(tmp_path, 0, scale=scale)
-    configs = {trial.name: config_of(trial, here) for trial in STUDIES[name].trials(here)}
+    configs = {trial.name: config_of(trial, here) for trial in depth.STUDIES[name].trials(here)}
     for trial, cfg in configs.items():
         twin = configs[trial.replace("acn", "residual")]
         assert twin.model.connectivity == "residual"

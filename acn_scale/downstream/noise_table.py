@@ -25,6 +25,9 @@ def paper_tasks(data: str) -> set[str]:
     return {f"{data}+{noise}{suffix}" for noise in PAPER for suffix in ON}
 
 
+HEAD = ["clean", *(noise.replace("salt_pepper_", "s&p ").replace("gaussian_", "gauss ") for noise in PAPER)]
+
+
 def noise_table(folders: Sequence[Path], *, tolerance: float = 0.5, tasks: Set[str] | None = None) -> str:
     """Of runs and exports, at full depth and at the cut-off by clean accuracy, a table for each data set that they have
     been evaluated on with the paper's noise, or those for which there is one of the `tasks`.
@@ -60,26 +63,44 @@ def _by_task(folder: Path) -> dict[str, list[Measurement]]:
     return {task: sorted(lines, key=lambda line: line.depth) for task, lines in tasks.items()}
 
 
-def _rows(folder: Path, columns: Sequence[list[Measurement] | None], tolerance: float) -> list[list[str]]:
-    """At full depth and at the cut-off. What was measured on other weights than the clean column is left out."""
+def accuracy_under_noise(folder: Path, data: str, tolerance: float) -> dict[int, list[float]]:
+    """Of one run: accuracies (0..1) by column of HEAD, with noise on pixels, at full depth and at the cut-off by clean
+    accuracy, by depth. Of a cut-off that is full depth there is one. Raises UserError where some are lacking.
+    """
+    mine = _by_task(folder)
+    names = [data, *(f"{data}+{noise}" for noise in PAPER)]
+    found = _at_depths([mine.get(name) for name in names], tolerance)
+    if not found or None in found[max(found)]:
+        raise UserError(f"{folder}/eval: lacks results of {data} under the paper's noise, of the same weights")
+    return found
+
+
+def _at_depths(columns: Sequence[list[Measurement] | None], tolerance: float) -> dict[int, list[float | None]]:
+    """At full depth and at the cut-off. What was measured on other weights than the clean column is None."""
     clean = columns[0]
     if clean is None:
-        return []
-    full = len(clean) - 1
+        return {}
     cut = cutoff([line.value for line in clean], tolerance)
-    rows = []
-    for depth in dict.fromkeys([full, cut]):
-        cells = [
-            f"{100 * lines[depth].value:.2f}"
+    return {
+        depth: [
+            lines[depth].value
             if lines and len(lines) == len(clean) and lines[0].checkpoint == clean[0].checkpoint
-            else "-"
+            else None
             for lines in columns
         ]
-        rows.append([f"{folder.resolve().name}, {depth} of {full} blocks", *cells])
+        for depth in (len(clean) - 1, cut)
+    }
+
+
+def _rows(folder: Path, columns: Sequence[list[Measurement] | None], tolerance: float) -> list[list[str]]:
+    found = _at_depths(columns, tolerance)
+    rows = []
+    for depth, values in found.items():
+        cells = ["-" if value is None else f"{100 * value:.2f}" for value in values]
+        rows.append([f"{folder.resolve().name}, {depth} of {max(found)} blocks", *cells])
     return rows
 
 
 def _table(rows: list[list[str]]) -> str:
-    head = ["", "clean", *(noise.replace("salt_pepper_", "s&p ").replace("gaussian_", "gauss ") for noise in PAPER)]
     published = [[name, *(f"{value:.2f}" for value in values)] for name, values in PUBLISHED.items()]
-    return aligned([head, *rows, *published])
+    return aligned([["", *HEAD], *rows, *published])

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from multiprocessing import get_context
@@ -42,18 +42,24 @@ def reproduce(name: str, study: Study, setting: Setting, workers: int) -> str:
     trials = study.trials(setting)
     configs = {trial.name: [trial.config_of(seed, setting, _data(trial, setting)) for seed in setting.seeds]
                for trial in trials}  # fmt: skip
-    left = [cfg for runs in configs.values() for cfg in runs if not finished(cfg)]
+    # All variants of a seed before the next seed: what the machine does meanwhile is then alike for all.
+    left = [cfg for runs in zip(*configs.values(), strict=True) for cfg in runs if not finished(cfg, study)]
     for cfg in left:
         check_run_folder(cfg)
-    failures = _run(name, left, workers)
-    done = {name: Runs([cfg for cfg in runs if finished(cfg)]) for name, runs in configs.items()}
+    failures = _run(name, study, left, workers)
+    done = {name: Runs([cfg for cfg in runs if finished(cfg, study)]) for name, runs in configs.items()}
     if any(not runs.configs for runs in done.values()):
         lost = next(name for name, runs in done.items() if not runs.configs)
         raise UserError(f"{name}: no run of {lost} was finished: {next(iter(failures.values()), 'stopped')}")
     return _write(name, study, setting, study.findings(done, setting), failures)
 
 
-def finished(cfg: Config) -> bool:
+def finished(cfg: Config, study: Study) -> bool:
+    """Trained and, where the study asks for more, measured."""
+    return _trained(cfg) and (study.measure is None or any(run_folder(cfg).glob(study.leaves)))
+
+
+def _trained(cfg: Config) -> bool:
     folder = run_folder(cfg)
     checkpoints = complete(folder)
     return bool(checkpoints) and checkpoints[-1].name == f"step_{read_json(folder / 'environment.json')['steps']:08d}"
@@ -92,7 +98,7 @@ def _images(root: Path, trial: Trial, source: str) -> list[str]:
     return values
 
 
-def _run(name: str, configs: Sequence[Config], workers: int) -> dict[str, str]:
+def _run(name: str, study: Study, configs: Sequence[Config], workers: int) -> dict[str, str]:
     """Returns why those failed that did, by run."""
     failures: dict[str, str] = {}
     if not configs:
@@ -101,7 +107,7 @@ def _run(name: str, configs: Sequence[Config], workers: int) -> dict[str, str]:
     # One thread each; started anew, since a process that has trained may hold locks that a fork would copy.
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(min(workers, len(configs)), get_context("spawn"), initializer=_start_worker) as pool:
-        waiting = {pool.submit(_train, cfg.model_dump(mode="json")): cfg for cfg in configs}
+        waiting = {pool.submit(_train, cfg.model_dump(mode="json"), study.measure): cfg for cfg in configs}
         for future in as_completed(waiting):
             error = future.exception()
             if error is not None:
@@ -123,10 +129,13 @@ def _start_worker() -> None:
     Finalize(None, stack.close, exitpriority=1)  # a worker's end passes other ways of cleaning up by
 
 
-def _train(values: dict[str, Any]) -> None:
+def _train(values: dict[str, Any], measure: Callable[[Config], None] | None) -> None:
     """In a worker: one run, alone."""
-    if not train(Config.model_validate(values), distributed.local_device()):
+    cfg = Config.model_validate(values)
+    if not _trained(cfg) and not train(cfg, distributed.local_device()):
         raise UserError("stopped by a signal")
+    if measure:
+        measure(cfg)
 
 
 def _write(name: str, study: Study, setting: Setting, findings: Findings, failures: Mapping[str, str]) -> str:

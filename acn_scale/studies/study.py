@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Literal
 
 from matplotlib.figure import Figure
@@ -54,11 +54,17 @@ class Findings:
 
 @dataclass(frozen=True)
 class Study:
-    """`trials` depends on the scale; `findings` gets the finished runs of each trial, by its name."""
+    """`trials` depends on the scale; `findings` gets the finished runs of each trial, by its name.
+
+    `measure`, where more is asked about a run than it has noted itself, is called in a worker once the run is trained,
+    and ends with the file in the run's folder that the pattern `leaves` fits. A run without it is not finished.
+    """
 
     what: str
     trials: Callable[[Setting], Sequence[Trial]]
     findings: Callable[[Mapping[str, "Runs"], Setting], Findings]
+    measure: Callable[[Config], None] | None = None
+    leaves: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,17 +86,17 @@ class Runs:
     def cutoffs(self) -> list[int]:
         return [cutoff(curve, TOLERANCE) for curve in self.accuracy]
 
+    def series(self, metric: str) -> list[list[float]]:
+        """All values of a metric in each run, by step."""
+        return [[line[metric] for line in read_metrics(run_folder(cfg)) if metric in line] for cfg in self.configs]
+
     def last(self, metric: str) -> list[float]:
         """The last value of a metric in each run; for speeds and memory, see metrics.jsonl."""
-        return [[line[metric] for line in read_metrics(run_folder(cfg)) if metric in line][-1] for cfg in self.configs]
+        return [values[-1] for values in self.series(metric)]
 
     def median(self, metric: str) -> list[float]:
         """Over each run."""
-        found = []
-        for cfg in self.configs:
-            values = sorted(line[metric] for line in read_metrics(run_folder(cfg)) if metric in line)
-            found.append(values[len(values) // 2])
-        return found
+        return [median(values) for values in self.series(metric)]
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

@@ -1,0 +1,134 @@
+"""Thirteen ways to join the same blocks: what each reaches, how many blocks it needs for it, and what a step costs."""
+
+from collections.abc import Mapping
+from statistics import fmean
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from acn_scale.config import Config
+from acn_scale.memory import memory
+from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, per_cent, spread
+
+# The formula of each, with its source, is in models/connectivity.py; of stochastic depth in models/layers.py.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    name: (f"model.connectivity={name}",)
+    for name in ("feedforward", "residual", "highway", "dense", "denseformer", "h_acn", "hyper", "layer_scale",
+                 "rezero", "layernorm_scaling", "value_residual", "acn")
+}  # fmt: skip
+VARIANTS["stochastic_depth"] = ("model.connectivity=residual", "model.drop_path=0.1")
+# Dorovatas et al. 2025, table 5: MLP-Mixers on CIFAR-10 after 700 epochs, accuracy and blocks that are needed.
+PUBLISHED = {
+    "residual": "90.3 %, 16 of 16",
+    "dense": "90.3 %, 10 of 10",
+    "denseformer": "90.4 %, 16 of 16",
+    "acn": "92.0 %, 12 of 16",
+}
+BUDGET = {"laptop": ["train.length=330step", "eval.every=1run"], "paper": []}
+CONFIG = {"laptop": "studies/vit.toml", "paper": "vit/residual_vit_b16.toml"}
+
+
+def trials(setting: Setting) -> list[Trial]:
+    """The same run for each but for the pattern."""
+    config = CONFIGS / CONFIG[setting.scale]
+    data = "images" if setting.scale == "laptop" else None
+    return [Trial(name, config, [*BUDGET[setting.scale], *keys], data) for name, keys in VARIANTS.items()]
+
+
+def step_milliseconds(runs: Runs) -> float:
+    """In the fastest stretch between two lines of metrics.jsonl, of all seeds: what else the machine does makes steps
+    slower, and never faster.
+    """
+    size = runs.configs[0].train.global_batch_size
+    return 1000 * size / max(max(speeds) for speeds in runs.series("speed/samples_per_second"))
+
+
+def step_mebibytes(cfg: Config) -> float:
+    """Of one process at the fullest moment of a step, counted: what a process has held is that of all its runs."""
+    size = cfg.train.micro_batch_size or cfg.train.global_batch_size
+    keys = {"stage": cfg.train.zero_stage, "gpus": 1, "recompute": cfg.model.recompute}
+    return memory(cfg, micro_batch_size=size, **keys).total / 2**20
+
+
+def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
+    head = [
+        "connectivity",
+        "accuracy (%)",
+        f"cut-off within {TOLERANCE} points",
+        "of",
+        "fastest step (ms)",
+        "memory (MiB)",
+    ]
+    table = [[*head, "published"]]
+    for name, each in runs.items():
+        full = per_cent([curve[-1] for curve in each.accuracy])
+        blocks, memory_used = len(each.accuracy[0]) - 1, f"{step_mebibytes(each.configs[0]):,.1f}"
+        row = [name, full, spread(each.cutoffs), str(blocks), f"{step_milliseconds(each):.1f}", memory_used]
+        table.append([*row, PUBLISHED.get(name, "")])
+    return Findings(table, picture(runs), [*sentences(runs), *differences(setting)])
+
+
+def sentences(runs: Mapping[str, Runs]) -> list[str]:
+    acn, twin = runs["acn"], runs["residual"]
+    pairs = list(zip(acn.cutoffs, twin.cutoffs, strict=False))
+    below = sum(one < other for one, other in pairs)
+    gap = 100 * (acn.mean_accuracy[-1] - twin.mean_accuracy[-1])
+    most = max(runs, key=lambda name: runs[name].mean_accuracy[-1])
+    near = [name for name in runs if runs[name].mean_accuracy[-1] >= runs[most].mean_accuracy[-1] - 0.03]
+    lowest = min(near, key=lambda name: fmean(runs[name].cutoffs))
+    return [
+        f"The ACN's cut-off is below its residual twin's on {below} of {len(pairs)} seeds; its accuracy at full depth "
+        f"is {abs(gap):.1f} points {'higher' if gap >= 0 else 'lower'}.",
+        f"{most} is the most accurate; of the {len(near)} within 3 points of it, {lowest} has the lowest cut-off.",
+        *(
+            f"{name} has hardly learned: its curve is flat, and its cut-off says nothing."
+            for name in sorted(runs.keys() - learned(runs))
+        ),
+    ]
+
+
+def learned(runs: Mapping[str, Runs]) -> set[str]:
+    """Those at least half as accurate as the best."""
+    full = {name: each.mean_accuracy[-1] for name, each in runs.items()}
+    return {name for name, value in full.items() if value >= max(full.values()) / 2}
+
+
+def differences(setting: Setting) -> list[str]:
+    cost = (
+        "Memory is that of one process in a step, counted from the config as tools/plan.py does; steps were timed "
+        "beside other runs, and differ by that too."
+    )
+    what = "The published values are of MLP-Mixers on CIFAR-10 after 700 epochs, and of four patterns alone"
+    if setting.scale == "laptop":
+        what += "; these are small ViTs after 330 steps"
+    return [f"{what}. All have the same hyper-parameters.", cost]
+
+
+def picture(runs: Mapping[str, Runs]) -> Figure:
+    """Accuracy against the blocks that it takes, of those that learned, and the readouts of all at every depth."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (name, each) in enumerate(runs.items()):
+        style = {"color": colormaps["tab20"](number), "marker": "os"[number % 2], "label": name}
+        cut, full = fmean(each.cutoffs), 100 * each.mean_accuracy[-1]
+        if name in learned(runs):
+            left.plot(cut, full, linestyle="none", **style)
+            left.annotate(
+                name, (cut, full), xytext=(4, (4, -9)[number % 2]), textcoords="offset points", fontsize="x-small"
+            )
+        right.plot([100 * value for value in each.mean_accuracy], markersize=3, linewidth=1, **style)
+    _label(left, f"cut-off within {TOLERANCE} points (blocks)", "Accuracy at full depth against cut-off")
+    _label(right, "depth (blocks)", "Readout at every depth")
+    right.legend(fontsize="x-small", ncols=2)
+    return figure
+
+
+def _label(axes: Axes, x: str, title: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel("accuracy (%)")
+    axes.set_title(f"{title}: means over seeds", fontsize="medium")
+    axes.grid(alpha=0.3)
+
+
+STUDIES = {"connectivity": Study("13 connectivities on one task and budget: accuracy, cut-off, cost", trials, findings)}

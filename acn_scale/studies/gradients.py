@@ -1,0 +1,167 @@
+"""Where the gradient goes: its norm by block over training, its direct part, and the 1-D linear network."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from acn_scale import distributed
+from acn_scale.checkpoint import complete, read_state
+from acn_scale.config import Config
+from acn_scale.convert.sources import read_model
+from acn_scale.data import build_evaluation
+from acn_scale.gradients import Line, backward_paths, line_gradients, split_gradients
+from acn_scale.runs import read_json, run_folder, write_json
+from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, per_cent, spread
+
+PATTERNS = ("feedforward", "residual", "acn", "acn_detached")
+SPLITS = "gradients.json"  # in a run's folder
+# What the ACN authors published beside arXiv 2506.09714 of an AC-ViT on ImageNet: of each of 12 blocks the mean of the
+# gradient norms of its MLP's two matrices, over the first and the last epoch; the paper's figure 2 has no numbers.
+PUBLISHED = {
+    "first": (0.220, 0.209, 0.180, 0.162, 0.158, 0.152, 0.150, 0.142, 0.139, 0.130, 0.111, 0.086),
+    "last": (0.096, 0.062, 0.058, 0.052, 0.041, 0.0007, 0.0000005, 0.0024, 0.0014, 0.0020, 0.0025, 0.0003),
+}
+
+
+def trials(setting: Setting) -> list[Trial]:
+    """Four checkpoints of each run, for the direct part of the gradient."""
+    config, data = ("studies/vit.toml", "images") if setting.scale == "laptop" else ("vit/residual_vit_b16.toml", None)
+    keep = ["checkpoint.every=0.25run", "checkpoint.keep=4"]
+    return [Trial(name, CONFIGS / config, [f"model.connectivity={name}", *keep], data) for name in PATTERNS]
+
+
+def measure(cfg: Config) -> None:
+    """At each checkpoint of the run, the parts of the gradient of its first evaluation batch's loss, by block."""
+    device, folder = distributed.local_device(), run_folder(cfg)
+    batch, _ = next(iter(build_evaluation(cfg)))
+    batch = {name: values.to(device) for name, values in batch.items()}
+    found = []
+    for path in complete(folder):
+        model = read_model(path).model.requires_grad_(True).to(device)
+        parts = {name: asdict(split) for name, split in split_gradients(model, batch).items()}
+        found.append({"step": read_state(path)["step"], "parts": parts})
+    write_json(folder / SPLITS, found)
+
+
+def norms(runs: Runs) -> np.ndarray:
+    """(blocks, lines of metrics.jsonl): gradient norms, means over the seeds."""
+    blocks = runs.configs[0].model.depth
+    return np.stack([np.mean(runs.series(f"grad_norm/block_{block:02d}"), axis=0) for block in range(1, blocks + 1)])
+
+
+def direct_shares(runs: Runs) -> np.ndarray:
+    """(seeds, checkpoints, blocks): norm of the direct part of the gradient by that of all of it."""
+    return np.array([[_shares(each["parts"]) for each in read_json(run_folder(cfg) / SPLITS)] for cfg in runs.configs])
+
+
+def _shares(parts: Mapping[str, Mapping[str, float]]) -> list[float]:
+    """0 where there is no gradient at all."""
+    blocks = [part for name, part in sorted(parts.items()) if name.startswith("block_")]
+    return [part["direct"] / part["full"] if part["full"] else 0.0 for part in blocks]
+
+
+def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
+    depth = runs["acn"].configs[0].model.depth
+    table = [["network", "", *(f"block {block}" for block in range(1, depth + 1))]]
+    for name, each in runs.items():
+        found, shares = norms(each), direct_shares(each).mean(axis=0)
+        tenth = max(1, found.shape[1] // 10)
+        table.append([name, "gradient norm, first tenth", *_cells(found[:, :tenth].mean(axis=1))])
+        table.append([name, "gradient norm, last tenth", *_cells(found[:, -tenth:].mean(axis=1))])
+        table.append([name, "direct / all, a quarter through", *_cells(shares[0])])
+        table.append([name, "direct / all, at the end", *_cells(shares[-1])])
+        table.append([name, "paths back to the block", *map(str, backward_paths(name, depth))])
+    if depth == len(PUBLISHED["last"]):
+        for epoch, values in PUBLISHED.items():
+            table.append(["AC-ViT, published", f"gradient norm, {epoch} epoch", *_cells(values)])
+    return Findings(table, picture(runs), [*sentences(runs), line_sentence(depth), *differences(setting)])
+
+
+def _cells(values: np.ndarray) -> list[str]:
+    return [f"{value:.2g}" for value in values]
+
+
+def sentences(runs: Mapping[str, Runs]) -> list[str]:
+    """Of the first half of the blocks, by the claims of the paper's figure 2."""
+    said = [
+        f"{name}: accuracy {per_cent([curve[-1] for curve in each.accuracy])} %, cut-off within {TOLERANCE} points "
+        f"{spread(each.cutoffs)} of {len(each.accuracy[0]) - 1}; the first half of the blocks has "
+        f"{100 * first_half(norms(each)):.0f} % of the sum of the gradient norms."
+        for name, each in runs.items()
+    ]
+    half = runs["acn"].configs[0].model.depth // 2
+    ours, other = (direct_shares(runs[name])[:, :, :half].mean(axis=(1, 2)) for name in ("acn", "residual"))
+    above = sum(one > two for one, two in zip(ours, other, strict=False))
+    said.append(
+        f"In the first half of the blocks, direct / all is {ours.mean():.2f} in the ACN and {other.mean():.2f} in its "
+        f"residual twin; the ACN's is higher on {above} of {min(len(ours), len(other))} seeds."
+    )
+    return said
+
+
+def first_half(found: np.ndarray) -> float:
+    """found: (blocks, lines) -> the share of the first half of the blocks in all that there is over training."""
+    return float(found[: len(found) // 2].sum() / found.sum())
+
+
+def line_sentence(depth: int) -> str:
+    """The closed forms of the 1-D linear network against autograd, on weights drawn once for all."""
+    weights = 2 * torch.rand(depth, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 1
+    one, worst = {"x": torch.ones(1, 1, 1, dtype=torch.float64)}, 0.0
+    for pattern in PATTERNS:
+        line = Line(pattern, weights)
+        found = torch.autograd.grad(line(**one)["loss"], list(line.parameters()))
+        worst = max(worst, (torch.stack(found) - line_gradients(pattern, weights)).abs().max().item())
+    return (
+        f"The 1-D linear network of {depth} blocks: the paper's closed forms equal autograd's gradients to {worst:.0e} "
+        "in all four; with all weights 1 a gradient is a number of paths, as above: one of them direct in the ACN and "
+        "in the residual network."
+    )
+
+
+def differences(setting: Setting) -> list[str]:
+    said = "The published norms are of an AC-ViT-B/16 on ImageNet over 900 epochs, and of its MLPs' matrices alone"
+    return [said + ("; these are of whole blocks of a small ViT." if setting.scale == "laptop" else ".")]
+
+
+def picture(runs: Mapping[str, Runs]) -> Figure:
+    """Gradient norms as heat maps on one scale; below, what part of them is direct."""
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    grid = figure.subplots(2, len(runs), squeeze=False)
+    found = {name: norms(each) for name, each in runs.items()}
+    highest = max(values.max() for values in found.values())
+    for column, (name, values) in enumerate(found.items()):
+        mesh = _heat_map(grid[0, column], name, values, LogNorm(1e-4 * highest, highest, clip=True))
+        shares = direct_shares(runs[name]).mean(axis=0)
+        for line, part in enumerate(shares, start=1):
+            label = f"{line / len(shares):.0%} of the run"
+            grid[1, column].plot(range(1, len(part) + 1), part, marker=".", label=label)
+        grid[1, column].set(xlabel="block", ylabel="|direct| / |all|", ylim=(0, max(1.5, 1.05 * shares.max())))
+        grid[1, column].grid(alpha=0.3)
+    figure.colorbar(mesh, ax=grid[0, :].tolist(), label="gradient norm")
+    grid[1, 0].legend(fontsize="small")
+    return figure
+
+
+def _heat_map(axes: Axes, name: str, values: np.ndarray, scale: LogNorm) -> AxesImage:
+    """values: (blocks, lines of metrics.jsonl)."""
+    mesh = axes.imshow(values, norm=scale, origin="lower", aspect="auto", extent=(0, 100, 0.5, len(values) + 0.5))
+    axes.set(title=name, xlabel="% of the run", ylabel="block")
+    return mesh
+
+
+STUDIES = {
+    "gradients": Study(
+        "gradient norms by block over training, their direct part, and the 1-D linear network",
+        trials,
+        findings,
+        measure,
+        SPLITS,
+    )
+}

@@ -1,0 +1,166 @@
+"""The studies of connectivity, gradients and noise: what their tables say is what the run folders hold."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ranks import Ranks
+
+from acn_scale.config import Config
+from acn_scale.data.image_noise import PAPER
+from acn_scale.depth import cutoff
+from acn_scale.downstream.noise_table import PUBLISHED
+from acn_scale.errors import UserError
+from acn_scale.results import Measurement, read_measurements, write_measurements
+from acn_scale.runs import read_config, read_json, read_metrics, run_folder
+from acn_scale.studies import STUDIES, connectivity, gradients, noise, runner
+from acn_scale.studies.study import TOLERANCE, Findings, Runs, Setting
+
+
+def setting(folder: Path, scale: str = "laptop") -> Setting:
+    return Setting(scale=scale, seeds=[0], data="digits", folder=folder)
+
+
+@pytest.fixture
+def runs(twins: list[Path], tmp_path: Path) -> dict[str, Runs]:
+    """Copies of an ACN and its residual twin, which a study may write to."""
+    found = {}
+    for name, folder in zip(("acn", "residual"), twins, strict=True):
+        shutil.copytree(folder, tmp_path / name)
+        cfg = read_config(folder)
+        found[name] = Runs([replaced(cfg, "run", dir=str(tmp_path), name=name)])
+    return found
+
+
+def replaced(cfg: Config, section: str, **keys: object) -> Config:
+    return cfg.model_copy(update={section: getattr(cfg, section).model_copy(update=keys)})
+
+
+def rows(found: Findings) -> dict[str, list[str]]:
+    assert len({len(row) for row in found.table}) == 1
+    return {" ".join(row[:2]): row[2:] for row in found.table}
+
+
+@pytest.mark.parametrize("name", ["connectivity", "gradients", "noise"])
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+def test_variants_differ_in_the_connectivity_alone(tmp_path: Path, name: str, scale: str) -> None:
+    """Stochastic depth in drop_path; the paper trains an ACN longer than its twin."""
+    here = setting(tmp_path, scale)
+    configs = {trial.name: trial.config_of(0, here, []) for trial in STUDIES[name].trials(here)}
+    seen = {
+        replaced(cfg, "model", connectivity="acn", drop_path=0.0).model_dump_json(exclude={"run"})
+        for cfg in configs.values()
+    }
+    assert len(seen) == (2 if (name, scale) == ("noise", "paper") else 1)
+    assert len({(cfg.model.connectivity, cfg.model.drop_path) for cfg in configs.values()}) == len(configs)
+    for trial, cfg in configs.items():
+        assert cfg.model.connectivity == (trial if trial != "stochastic_depth" else "residual")
+    assert len(configs) == {"connectivity": 13, "gradients": 4, "noise": 2}[name]
+
+
+def test_what_the_connectivity_study_says(runs: dict[str, Runs], tmp_path: Path) -> None:
+    found = connectivity.findings(runs, setting(tmp_path))
+    for name, accuracy, cut, blocks, step, memory, published in found.table[1:]:
+        lines = read_metrics(tmp_path / name)
+        last = [line for line in lines if "eval/loss" in line][-1]
+        curve = [last[f"eval/depth_{depth:02d}/accuracy"] for depth in range(4)]
+        assert (float(accuracy), float(cut), blocks) == (round(100 * curve[-1], 1), cutoff(curve, TOLERANCE), "3")
+        speeds = [line["speed/samples_per_second"] for line in lines if "speed/samples_per_second" in line]
+        assert float(step) == pytest.approx(1000 * 64 / max(speeds), abs=0.051)
+        assert 0 < float(memory) == pytest.approx(connectivity.step_mebibytes(runs[name].configs[0]), abs=0.051)
+        assert published == connectivity.PUBLISHED[name]
+    plain, dense = (replaced(runs["acn"].configs[0], "model", connectivity=name) for name in ("feedforward", "dense"))
+    assert connectivity.step_mebibytes(dense) > connectivity.step_mebibytes(plain)
+
+
+def test_the_cutoff_of_a_network_that_learned_nothing_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runs, "accuracy", property(lambda runs: runs.configs))
+    curves = {"feedforward": [0.1, 0.1, 0.1, 0.1], "acn": [0.1, 0.7, 0.9, 0.9], "residual": [0.1, 0.2, 0.5, 0.92]}
+    said = connectivity.sentences({name: Runs([curve]) for name, curve in curves.items()})
+    assert "below its residual twin's on 1 of 1 seeds; its accuracy at full depth is 2.0 points lower" in said[0]
+    assert said[1] == "residual is the most accurate; of the 2 within 3 points of it, acn has the lowest cut-off."
+    assert said[2:] == ["feedforward has hardly learned: its curve is flat, and its cut-off says nothing."]
+
+
+def test_what_the_gradient_study_says(runs: dict[str, Runs], tmp_path: Path) -> None:
+    for each in runs.values():
+        gradients.measure(each.configs[0])
+    found = gradients.findings(runs, setting(tmp_path))
+    table = rows(found)
+    for name in runs:
+        splits = read_json(tmp_path / name / gradients.SPLITS)
+        assert [each["step"] for each in splits] == [20, 40]
+        for row, each in (("a quarter through", splits[0]), ("at the end", splits[-1])):
+            parts = [each["parts"][f"block_{block:02d}"] for block in (1, 2, 3)]
+            shares = [part["direct"] / part["full"] for part in parts]
+            assert list(map(float, table[f"{name} direct / all, {row}"])) == pytest.approx(shares, rel=0.06)
+            assert shares[-1] == 1.0 and shares[0] != 1.0
+        lines = [line for line in read_metrics(tmp_path / name) if "grad_norm/block_01" in line]
+        for row, line in (("first", lines[0]), ("last", lines[-1])):
+            norms = [line[f"grad_norm/block_{block:02d}"] for block in (1, 2, 3)]
+            assert list(map(float, table[f"{name} gradient norm, {row} tenth"])) == pytest.approx(norms, rel=0.06)
+    assert table["acn paths back to the block"] == ["3", "2", "1"]
+    assert table["residual paths back to the block"] == ["4", "2", "1"]
+    assert np.mean(gradients.direct_shares(runs["acn"])[0, :, :1]) != np.mean(
+        gradients.direct_shares(runs["residual"])[0, :, :1]
+    )
+
+
+@pytest.mark.parametrize("depth", [2, 12])
+def test_closed_forms_against_autograd(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def worst() -> float:
+        return float(gradients.line_sentence(depth).partition("gradients to ")[2].split()[0])
+
+    assert worst() < 1e-12
+    right = gradients.line_gradients
+    monkeypatch.setattr(gradients, "line_gradients", lambda pattern, weights: right("acn", weights))
+    assert worst() > 1e-3
+
+
+def test_what_the_noise_study_says(one_rank: Ranks, runs: dict[str, Runs], tmp_path: Path) -> None:
+    """The numbers that tools/evaluate_images.py leaves in a run, at full depth and at the cut-off by clean images."""
+    study = STUDIES["noise"]
+    with pytest.raises(UserError, match="acn/eval: lacks results"):
+        study.findings(runs, setting(tmp_path))
+    for each in runs.values():
+        assert not runner.finished(each.configs[0], study)
+        one_rank(noise.measure, each.configs[0])
+        assert runner.finished(each.configs[0], study)
+    found = study.findings(runs, setting(tmp_path))
+    for name, each in runs.items():
+        full, cut = [row for row in found.table if row[0] == name]
+        curves = curves_of(run_folder(each.configs[0]))
+        clean = curves.pop(next(task for task in curves if "+" not in task))
+        assert full[1] == "3" and cut[1] == f"cut-off, {cutoff(clean, TOLERANCE):.1f} of 3"
+        columns = [clean, *(next(v for task, v in curves.items() if task.endswith(f"+{each}")) for each in PAPER)]
+        assert full[2:] == [f"{100 * column[-1]:.1f}" for column in columns]
+        assert cut[2:] == [f"{100 * column[cutoff(clean, TOLERANCE)]:.1f}" for column in columns]
+    assert found.table[-1][2:] == [f"{value:.2f}" for value in PUBLISHED["AC-ViT, published"]]
+
+
+def curves_of(folder: Path) -> dict[str, list[float]]:
+    tasks: dict[str, list[float]] = {}
+    for line in read_measurements(folder):
+        if line.metric == "accuracy":
+            tasks.setdefault(line.task, []).append(line.value)
+    return tasks
+
+
+def test_noise_is_read_at_full_depth_and_at_the_cutoff(vit: Callable[..., Config], tmp_path: Path) -> None:
+    cfg = vit(data={"eval": "birds/eval"})
+    run_folder(cfg).mkdir(parents=True)
+    for task, curve in {"birds": [0.1, 0.598, 0.6], **{f"birds+{each}": [0.1, 0.5, 0.4] for each in PAPER}}.items():
+        lines = [Measurement(task=task, metric="accuracy", value=v, depth=depth) for depth, v in enumerate(curve)]
+        write_measurements(run_folder(cfg), task, lines)
+    assert noise.by_depth(cfg) == [[0.6, *[0.4] * 6], [0.598, *[0.5] * 6]]
+
+
+def test_what_noise_takes() -> None:
+    accurate: Callable[[Sequence[float]], list] = lambda losses: [[[0.9, *(0.9 - loss for loss in losses)]] * 2]  # noqa: E731
+    measured = {"acn": accurate([0.1] * 6), "residual": accurate([0.0, 0.4] * 3)}
+    said = noise.sentences(measured)
+    assert "is 10.0 points in the ACN and 20.0 in its residual twin" in said[0]
+    assert said[0].endswith("the ACN's is smaller on 1 of 1 seeds.")
+    assert said[1] == "Published: 20.4 points and 25.6."
