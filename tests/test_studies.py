@@ -86,13 +86,32 @@ def test_twins_differ_in_one_thing(tmp_path: Path, name: str, scale: str) -> Non
     assert len({str(run_folder(cfg)) for cfg in configs.values()}) == len(configs)
 
 
-def test_what_a_depth_study_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def written(here: Setting, name: str, *runs: list[dict[str, float]]) -> Runs:
+    """Runs as they are on the disk, of these lines of metrics."""
+    configs = []
+    for seed, lines in zip(here.seeds, runs, strict=True):
+        trial = Trial(name, CONFIGS / "studies/mixer.toml", [f"data.train={here.folder.parent}/shards"])
+        configs.append(trial.config_of(seed, here, []))
+        folder = run_folder(configs[-1])
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(configs[-1].model_dump_json())
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Runs(configs)
+
+
+def read_out(curve: list[float]) -> list[dict[str, float]]:
+    """The lines of a run that was evaluated once."""
+    depths = {f"eval/depth_{depth:02d}/accuracy": value for depth, value in enumerate(curve)}
+    return [{"step": 1, "eval/loss": 1.0, "eval/accuracy": curve[-1], "depth/blocks": len(curve) - 1} | depths]
+
+
+def test_what_a_depth_study_says(tmp_path: Path) -> None:
     """Of the cut-off and the number of classes, whether it shows or not."""
+    here = setting(tmp_path, 0, 1)
     curves = {"acn-2": [0.5, 0.9, 0.9, 0.9], "acn-5": [0.2, 0.6, 0.8, 0.8], "acn-10": [0.1, 0.3, 0.5, 0.7]}
     curves |= {name.replace("acn", "residual"): [0.1, 0.2, 0.3, 0.75] for name in curves}
-    monkeypatch.setattr(Runs, "accuracy", property(lambda runs: runs.configs))
-    runs = {name: Runs([curve, curve]) for name, curve in curves.items()}
-    found = depth.findings_of("depth-mixer", runs, setting(tmp_path, 0, 1))
+    runs = {name: written(here, name, read_out(curve), read_out(curve)) for name, curve in curves.items()}
+    found = depth.findings_of("depth-mixer", runs, here)
     assert isinstance(found.figure, Figure)
     cuts = {row[0]: row[2] for row in found.table[1:]}
     assert cuts == {name: f"{cutoff(curve, TOLERANCE):.1f} ± 0.0" for name, curve in curves.items()}
@@ -100,4 +119,9 @@ def test_what_a_depth_study_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "2 classes: the ACN's cut-off is below its twin's on 2 of 2 seeds" in found.sentences[0]
     assert "10 classes: the ACN's cut-off is below its twin's on 0 of 2 seeds" in found.sentences[2]
     runs["acn-10"] = runs["acn-2"]
-    assert "does not grow" in " ".join(depth.findings_of("depth-mixer", runs, setting(tmp_path, 0, 1)).sentences)
+    assert "does not grow" in " ".join(depth.findings_of("depth-mixer", runs, here).sentences)
+    runs["acn-2"] = Runs(runs["acn-2"].configs[1:])  # whose first seed failed
+    assert (
+        "2 classes: the ACN's cut-off is below its twin's on 1 of 1"
+        in depth.findings_of("depth-mixer", runs, here).sentences[0]
+    )
