@@ -262,3 +262,24 @@ def test_dry_run_writes_nothing(class_folders: Path, tmp_path: Path) -> None:
     assert "40 images" in said
     assert "3 classes: ant, bee, cat" in said
     assert "3 shards" in said
+
+
+def test_classes_that_are_skipped(tmp_path: Path) -> None:
+    """Two halves are the whole, each with numbers of its own from 0."""
+    whole, first, rest = (
+        make_image_shards("digits", "eval", tmp_path / name, **keys)
+        for name, keys in (("whole", {}), ("first", {"first_classes": 4}), ("rest", {"skip_classes": 4}))
+    )
+    assert first.num_samples + rest.num_samples == whole.num_samples
+    assert (first.info["classes"], rest.info["classes"]) == (list("0123"), list("456789"))
+    images = {
+        name: sorted((sample.content, sample.label) for sample in select(open_images("digits", "eval"), **keys).read(0, None))
+        for name, keys in (
+            ("first", {"first_classes": 4, "per_class": None}),
+            ("rest", {"first_classes": None, "per_class": None, "skip_classes": 4}),
+        )
+    }
+    both = images["first"] + [(content, label + 4) for content, label in images["rest"]]
+    assert sorted(both) == sorted((image.content, image.label) for image in open_images("digits", "eval").read(0, None))
+    with pytest.raises(UserError, match="--skip-classes 10: must be less than the 10 classes"):
+        make_image_shards("digits", "eval", tmp_path / "none", skip_classes=10)
