@@ -224,6 +224,7 @@ def test_what_is_read_off_networks(tmp_path: Path) -> None:
         (end,) = kept[name].last("eval/accuracy")
         assert said[name, pruning.WHOLE]["0 % zero"] == f"{100 * end:.1f}"
         moved = kept[f"{name}-movement"]
+        assert not kept[name].configs[0].prune.share
         assert moved.configs[0].train.init_from == str(run_folder(kept[name].configs[0]))
         (zeros,), (last,) = moved.last("prune/sparsity"), moved.last("eval/accuracy")
         assert zeros == pytest.approx(pruning.SPARSITIES[-1], abs=0.01)

@@ -36,9 +36,9 @@ def trials(setting: Setting) -> list[Trial]:
             values = [*sst2, f"train.length={TIMES + 1}ep", "train.zero_stage=0", "train.precision=fp32", *prune]
             found.append(Trial(f"{name}-movement", config, values, after=name))
         else:
-            config, values = CONFIGS / "studies" / "mixer.toml", [f"model.connectivity={name}"]
-            found.append(Trial(name, config, values, "images"))
-            values += [f"train.length={(TIMES + 1) * EVERY}step", "optim.lr=5e-4", *prune]
+            config, connectivity = CONFIGS / "studies" / "mixer.toml", f"model.connectivity={name}"
+            found.append(Trial(name, config, [connectivity], "images"))
+            values = [connectivity, f"train.length={(TIMES + 1) * EVERY}step", "optim.lr=5e-4", *prune]
             found.append(Trial(f"{name}-movement", config, values, "images", after=name))
     return found
 
