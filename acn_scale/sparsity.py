@@ -64,7 +64,7 @@ def prune_networks(
         results = [(movement_curve(run), read_model(run)) for run in movement_runs(subjects, plan, out / "movement")]
     else:
         method = "magnitude"
-        results = [_by_magnitude(subject, plan) for subject in subjects]
+        results = [magnitude_curve(subject, plan) for subject in subjects]
     found = [_numbers(*each) for each in zip(subjects, sizes, (points for points, _ in results), strict=True)]
     content = (json.dumps(finite({"method": method, "networks": found}), indent=1) + "\n").encode()
     files = {f"{method}_pruning.json": content, f"{method}_pruning.png": _picture(method, found)}
@@ -90,8 +90,11 @@ def _cut(net: Network, depth: int | None, tolerance: float | None) -> Network:
     return net if tolerance is None else net.cut_within(tolerance)
 
 
-def _by_magnitude(subject: Subject, sparsities: Sequence[float]) -> Result:
-    """In rising order, since what is zero stays zero."""
+def magnitude_curve(subject: Subject, sparsities: Sequence[float]) -> Result:
+    """Accuracy, loss and zeros at each of the sparsities (0..1), in rising order, since what is zero stays zero.
+
+    It uses up the subject's network.
+    """
     net, device = subject.network, local_device()
     model = net.model.to(device)
     points = []

@@ -19,7 +19,8 @@ ROWS = [
     {"convert", "batches", "results"},
     {"pretrain", "report"},
     {"benchmark", "plan", "evaluation", "downstream", "movement"},
-    {"finetune", "studies", "sparsity"},
+    {"finetune", "sparsity"},
+    {"studies"},
 ]
 ONLY_IN = {"deepspeed": {"engine", "ema"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 

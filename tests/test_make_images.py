@@ -18,9 +18,10 @@ from PIL import Image
 from acn_scale.config import Config
 from acn_scale.data import build_stream
 from acn_scale.data.classes import read_classes
-from acn_scale.data.image_sources import open_images
+from acn_scale.data.image_sources import ImageSource, open_images
 from acn_scale.data.make import Making
 from acn_scale.data.make_images import describe_images, index_shards, make_image_shards
+from acn_scale.data.selection import select
 from acn_scale.errors import UserError
 
 CLASSES = ["ant", "bee", "cat"]
@@ -262,3 +263,23 @@ def test_dry_run_writes_nothing(class_folders: Path, tmp_path: Path) -> None:
     assert "40 images" in said
     assert "3 classes: ant, bee, cat" in said
     assert "3 shards" in said
+
+
+def test_classes_that_are_skipped(tmp_path: Path) -> None:
+    """Two halves are the whole, each with numbers of its own from 0."""
+    whole, first, rest = (
+        make_image_shards("digits", "eval", tmp_path / name, **keys)
+        for name, keys in (("whole", {}), ("first", {"first_classes": 4}), ("rest", {"skip_classes": 4}))
+    )
+    assert first.num_samples + rest.num_samples == whole.num_samples
+    assert (first.info["classes"], rest.info["classes"]) == (list("0123"), list("456789"))
+    source = open_images("digits", "eval")
+
+    def pictures(images: ImageSource, first: int = 0) -> list[tuple[bytes, int]]:
+        return [(image.content, image.label + first) for image in images.read(0, None)]
+
+    below = select(source, first_classes=4, per_class=None)
+    above = select(source, first_classes=None, per_class=None, skip_classes=4)
+    assert sorted(pictures(below) + pictures(above, first=4)) == sorted(pictures(source))
+    with pytest.raises(UserError, match="--skip-classes 10: must be less than the 10 classes"):
+        make_image_shards("digits", "eval", tmp_path / "none", skip_classes=10)

@@ -2,17 +2,20 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from acn_scale.config import Config
 from acn_scale.depth import cutoff
+from acn_scale.early_exit import Readings
 from acn_scale.errors import UserError
 from acn_scale.runs import read_metrics, run_folder
-from acn_scale.studies import depth
+from acn_scale.studies import STUDIES, depth, early_exit, low_data, pruning, runner, transfer
 from acn_scale.studies.runner import reproduce
 from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, per_cent
 
@@ -75,29 +78,52 @@ def config_of(trial: Trial, here: Setting) -> Config:
     return trial.config_of(0, here, [])
 
 
-@pytest.mark.parametrize("name", depth.STUDIES)
+@pytest.mark.parametrize("name", STUDIES.keys() - {"connectivity", "gradients"})  # which have more than twins
 @pytest.mark.parametrize("scale", ["laptop", "paper"])
 def test_twins_differ_in_one_thing(tmp_path: Path, name: str, scale: str) -> None:
     """At laptop scale in the connectivity alone; the paper trains its ACNs longer."""
     here = setting(tmp_path, 0, scale=scale)
-    configs = {trial.name: config_of(trial, here) for trial in depth.STUDIES[name].trials(here)}
+    trials = STUDIES[name].trials(here)
+    # A recipe takes its model from the run it starts from, so that such twins differ as those do.
+    configs = {trial.name: config_of(trial, here) for trial in trials if not (trial.after and scale == "paper")}
     for trial, cfg in configs.items():
         twin = configs[trial.replace("acn", "residual")]
         assert twin.model.connectivity == "residual"
         changed = {"connectivity": "residual"}
         assert cfg.model.model_copy(update=changed) == twin.model
         if scale == "laptop":
-            assert (cfg.data, cfg.optim, cfg.train) == (twin.data, twin.optim, twin.train)
+            start = cfg.train.init_from and cfg.train.init_from.replace("acn", "residual")
+            train = cfg.train.model_copy(update={"init_from": start})
+            assert (cfg.data, cfg.optim, train, cfg.early_exit) == (twin.data, twin.optim, twin.train, twin.early_exit)
     assert len({str(run_folder(cfg)) for cfg in configs.values()}) == len(configs)
 
 
-def test_what_a_depth_study_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def written(here: Setting, name: str, *runs: list[dict[str, float]], train: Path = Path("shards")) -> Runs:
+    """Runs as they are on the disk, of these lines of metrics."""
+    configs = []
+    for seed, lines in zip(here.seeds, runs, strict=True):
+        trial = Trial(name, CONFIGS / "studies/mixer.toml", [f"data.train={train}"])
+        configs.append(trial.config_of(seed, here, []))
+        folder = run_folder(configs[-1])
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(configs[-1].model_dump_json())
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Runs(configs)
+
+
+def read_out(curve: list[float]) -> list[dict[str, float]]:
+    """The lines of a run that was evaluated once."""
+    depths = {f"eval/depth_{depth:02d}/accuracy": value for depth, value in enumerate(curve)}
+    return [{"step": 1, "eval/loss": 1.0, "eval/accuracy": curve[-1], "depth/blocks": len(curve) - 1} | depths]
+
+
+def test_what_a_depth_study_says(tmp_path: Path) -> None:
     """Of the cut-off and the number of classes, whether it shows or not."""
+    here = setting(tmp_path, 0, 1)
     curves = {"acn-2": [0.5, 0.9, 0.9, 0.9], "acn-5": [0.2, 0.6, 0.8, 0.8], "acn-10": [0.1, 0.3, 0.5, 0.7]}
     curves |= {name.replace("acn", "residual"): [0.1, 0.2, 0.3, 0.75] for name in curves}
-    monkeypatch.setattr(Runs, "accuracy", property(lambda runs: runs.configs))
-    runs = {name: Runs([curve, curve]) for name, curve in curves.items()}
-    found = depth.findings_of("depth-mixer", runs, setting(tmp_path, 0, 1))
+    runs = {name: written(here, name, read_out(curve), read_out(curve)) for name, curve in curves.items()}
+    found = depth.findings_of("depth-mixer", runs, here)
     assert isinstance(found.figure, Figure)
     cuts = {row[0]: row[2] for row in found.table[1:]}
     assert cuts == {name: f"{cutoff(curve, TOLERANCE):.1f} ± 0.0" for name, curve in curves.items()}
@@ -105,4 +131,120 @@ def test_what_a_depth_study_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "2 classes: the ACN's cut-off is below its twin's on 2 of 2 seeds" in found.sentences[0]
     assert "10 classes: the ACN's cut-off is below its twin's on 0 of 2 seeds" in found.sentences[2]
     runs["acn-10"] = runs["acn-2"]
-    assert "does not grow" in " ".join(depth.findings_of("depth-mixer", runs, setting(tmp_path, 0, 1)).sentences)
+    assert "does not grow" in " ".join(depth.findings_of("depth-mixer", runs, here).sentences)
+    runs["acn-2"] = Runs(runs["acn-2"].configs[1:])  # whose first seed failed
+    assert (
+        "2 classes: the ACN's cut-off is below its twin's on 1 of 1"
+        in depth.findings_of("depth-mixer", runs, here).sentences[0]
+    )
+
+
+def test_a_run_starts_from_the_one_of_its_seed(tmp_path: Path) -> None:
+    """And is not begun where that one failed."""
+    here = setting(tmp_path, 0, 1, 2)
+    config = CONFIGS / "studies/vit.toml"
+    first, second, third = Trial("a", config), Trial("b", config, after="a"), Trial("c", config, after="b")
+    assert runner._stages([third, second, first]) == [[first], [second], [third]]
+    done = {"a": Runs([first.config_of(seed, here, []) for seed in (0, 2)])}
+    configs = runner._configs(second, here, done)
+    assert [cfg.run.seed for cfg in configs] == [0, 2]
+    assert [cfg.train.init_from for cfg in configs] == [str(run_folder(cfg)) for cfg in done["a"].configs]
+
+
+def test_what_is_said_of_low_data(tmp_path: Path, digits: Path) -> None:
+    """By seed: whose lowest loss is lower, and whose mean over the epochs."""
+    here = setting(tmp_path, 0, 1)
+    epoch = 1400 / 64
+
+    def lines(*losses: float) -> list[dict[str, float]]:
+        names = ("train/loss", "eval/loss", "eval/accuracy")
+        return [{"step": step * epoch} | dict.fromkeys(names, loss) for step, loss in enumerate(losses, 1)]
+
+    acn = written(here, "acn", lines(0.9, 0.5, 0.1), lines(0.9, 0.8, 0.7), train=digits / "train")
+    twin = written(here, "residual", lines(0.9, 0.8, 0.5), lines(0.9, 0.3, 0.4), train=digits / "train")
+    found = low_data.findings_of({"acn": acn, "residual": twin}, here)
+    head, *rows = found.table
+    said = [dict(zip(head, row, strict=True)) for row in rows]
+    assert [row["lowest test loss"] for row in said] == ["0.4000 ± 0.4243", "0.4000 ± 0.1414"]
+    assert [row["mean test loss over the epochs"] for row in said] == ["0.6500 ± 0.2121", "0.6333 ± 0.1414"]
+    assert (
+        "lowest test loss is below its twin's on 1 of 2 seeds, its mean over the epochs on 1 of 2."
+        in found.sentences[1]
+    )
+    assert "5.0 points less accurate" in found.sentences[2]  # 0.1 and 0.7, beside 0.5 and 0.4
+
+
+def test_what_is_said_of_transfer(tmp_path: Path) -> None:
+    """The ACN beside the others, seed by seed; a seed that one of them lacks is left out."""
+    here = setting(tmp_path, 0, 1)
+    ends = {"acn": (0.9, 0.5), "residual": (0.8, 0.6), "aligned": (0.8, 0.4), "layerskip": (0.1, 0.4)}
+    runs = {}
+    for name, (first, second) in ends.items():
+        runs[name] = written(here, name, read_out([0.1, first]), read_out([0.1, second]))
+        runs[f"{name}-source"] = written(here, f"{name}-source", read_out([0.1, 0.7]), read_out([0.1, 0.7]))
+    runs["layerskip"] = Runs(runs["layerskip"].configs[1:])
+    found = transfer.findings_of(runs, here)
+    assert [row[2] for row in found.table[1:3]] == ["70.0 ± 28.3", "70.0 ± 14.1"]
+    for name, said in {"residual": "1 of 2 seeds, by +0.0", "aligned": "2 of 2", "layerskip": "1 of 1"}.items():
+        assert any(f"than {name} on {said}" in sentence for sentence in found.sentences), name
+
+
+def test_ways_to_read_out() -> None:
+    """Four samples, of which two are sure and right at once, one at depth 1, and one never sure."""
+    measured = torch.tensor([[0.1, 0.1, 0.1], [0.1, 0.1, 0.1], [0.9, 0.2, 0.1], [0.9, 0.9, 0.9]])
+    correct = torch.tensor([[True] * 3, [True] * 3, [False, True, True], [False, True, True]])
+    reading = early_exit.Reading(Readings("entropy", measured, correct), cuts=[10, 20, 30], exits=[10, 21, 32])
+    at = {way: reading.at(way) for way in (early_exit.FULL, early_exit.CUT, early_exit.EXIT, early_exit.CHEAPEST)}
+    assert [(point.accuracy, point.depth, point.flops) for point in at.values()] == [
+        (1.0, 2, 30),
+        (1.0, 1, 20),
+        (1.0, (0 + 0 + 1 + 2) / 4, (10 + 10 + 21 + 32) / 4),
+        (1.0, (0 + 0 + 1 + 2) / 4, (10 + 10 + 21 + 32) / 4),
+    ]
+
+
+TINY = ["model.depth=3", "model.dim=16", "model.token_dim=8", "model.channel_dim=16", "train.length=14step"]
+PRUNED = ["prune.every=2step", "eval.every=2step"]
+
+
+def test_what_is_read_off_networks(tmp_path: Path) -> None:
+    """Pruning and early exit: of what the runs' checkpoints hold, in agreement with what the runs measured."""
+    here = setting(tmp_path, 0)
+    whole = STUDIES["pruning"]
+
+    def trials(where: Setting) -> list[Trial]:
+        return [
+            replace(trial, overrides=[*trial.overrides, *TINY, *(PRUNED if trial.after else [])])
+            for trial in whole.trials(where)
+        ]
+
+    kept: dict[str, Runs] = {}
+
+    def findings(runs: Mapping[str, Runs], where: Setting) -> Findings:
+        kept.update(runs)
+        return whole.findings(runs, where)
+
+    reproduce("pruning", Study("small", trials, findings), here, workers=1)
+    head, *rows = json.loads((here.folder / "report/pruning.json").read_text())["table"]
+    said = {(row[0], row[1]): dict(zip(head, row, strict=True)) for row in rows}
+    for name in ("acn", "residual"):
+        (end,) = kept[name].last("eval/accuracy")
+        assert said[name, pruning.WHOLE]["0 % zero"] == f"{100 * end:.1f}"
+        moved = kept[f"{name}-movement"]
+        assert not kept[name].configs[0].prune.share
+        assert moved.configs[0].train.init_from == str(run_folder(kept[name].configs[0]))
+        (zeros,), (last,) = moved.last("prune/sparsity"), moved.last("eval/accuracy")
+        assert zeros == pytest.approx(pruning.SPARSITIES[-1], abs=0.01)
+        assert said[name, pruning.MOVEMENT]["95 % zero"] == f"{100 * last:.1f}"
+        assert said[name, pruning.CUT]["blocks"] == f"{max(1, kept[name].cutoffs[0])}.0"
+    runs = {f"{name}{kind}": kept[name] for name in ("acn", "residual") for kind in ("", "-shared")}
+    found = early_exit.findings_of(runs, here)
+    for name, way, accuracy, depths, speed, _ in found.table[1:]:
+        curve = kept[name.removesuffix("-shared")].accuracy[0]
+        if way == early_exit.FULL:
+            assert (accuracy, depths, speed) == (f"{100 * curve[-1]:.1f}", "3.0", "1.00x")
+        if way == early_exit.CUT:
+            assert (accuracy, depths) == (
+                f"{100 * curve[cutoff(curve, TOLERANCE)]:.1f}",
+                f"{cutoff(curve, TOLERANCE)}.0",
+            )

@@ -32,6 +32,7 @@ def main() -> None:
         "index.json of other shards; default: sorted names, which is ImageNet's order of wnids",
     )
     parser.add_argument("--first-classes", type=positive, metavar="N", help="only the images of the first N classes")
+    parser.add_argument("--skip-classes", type=positive, metavar="N", default=0, help="pass N classes by before those")
     parser.add_argument("--per-class", type=positive, metavar="N", help="only N images of each class, drawn once")
     parser.add_argument("--streaming", action="store_true", help="hf: read from the hub without a copy on disk")
     parser.add_argument("--dry-run", action="store_true", help="look at the source and say what would be written")
@@ -42,7 +43,7 @@ def main() -> None:
 
     classes = read_classes(args.classes) if args.classes else None
     options = {"shard_size": args.shard_size, "classes": classes, "streaming": args.streaming}
-    options |= {"first_classes": args.first_classes, "per_class": args.per_class}
+    options |= {"first_classes": args.first_classes, "per_class": args.per_class, "skip_classes": args.skip_classes}
     if args.dry_run:
         print(describe_images(args.source, args.split, **options))
         return

@@ -70,15 +70,16 @@ def make_image_shards(
     streaming: bool = False,
     first_classes: int | None = None,
     per_class: int | None = None,
+    skip_classes: int = 0,
 ) -> ShardIndex:
     """Write the images of a source as shards of `shard_size`, each image as the bytes that it came in.
 
-    `first_classes` and `per_class` take some of them only. With `resize`, images whose shorter side is longer than that
-    are made smaller, JPEGs with quality 95. What is no image is left out and listed in the index. The same shards come
-    whatever `workers` is. Raises UserError.
+    `first_classes`, `skip_classes` and `per_class` take some of them only, as select does. With `resize`, images whose
+    shorter side is longer than that are made smaller, JPEGs with quality 95. What is no image is left out and listed in
+    the index. The same shards come whatever `workers` is. Raises UserError.
     """
     images = open_images(source, split, classes=classes, streaming=streaming)
-    images = select(images, first_classes=first_classes, per_class=per_class)
+    images = select(images, first_classes=first_classes, per_class=per_class, skip_classes=skip_classes)
     plan = {"source": source, "split": split, "shard_size": shard_size, "resize": resize}
     plan |= {"classes": list(images.classes), "images": images.identity}
     with Making(folder, plan) as making:
@@ -216,10 +217,11 @@ def describe_images(
     streaming: bool,
     first_classes: int | None = None,
     per_class: int | None = None,
+    skip_classes: int = 0,
 ) -> str:
     """What make_image_shards would write, from a look at a hundred of the images. Raises UserError."""
     images = open_images(source, split, classes=classes, streaming=streaming)
-    images = select(images, first_classes=first_classes, per_class=per_class)
+    images = select(images, first_classes=first_classes, per_class=per_class, skip_classes=skip_classes)
     content: Counter[str] = Counter()
     sizes, bad = [], []
     for raw in islice(images.read(0, 100), 100):

@@ -1,4 +1,4 @@
-"""Some of a source's images: of its first classes, or so many of each class."""
+"""Some of a source's images: of some of its classes, or so many of each class."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ class Selection:
     source: ImageSource
     indices: Sequence[int]
     classes: Sequence[str]
+    first: int  # the class that is number 0 here
 
     @property
     def size(self) -> int:
@@ -28,20 +29,28 @@ class Selection:
 
     def read(self, start: int, stop: int | None) -> Iterator[RawImage]:
         for index in self.indices[start:stop]:
-            yield from self.source.read(index, index + 1)
+            for image in self.source.read(index, index + 1):
+                yield image._replace(label=image.label - self.first)
 
 
-def select(source: ImageSource, *, first_classes: int | None, per_class: int | None) -> ImageSource:
-    """The images of the first classes, and of each class `per_class`, drawn once for all.
+def select(
+    source: ImageSource, *, first_classes: int | None, per_class: int | None, skip_classes: int = 0
+) -> ImageSource:
+    """The images of the first classes after those that are skipped, and of each class `per_class`, drawn once for all.
 
-    Raises UserError for a source that does not say how many images it has.
+    Classes are numbered anew from 0. Raises UserError for a source that does not say how many images it has, and where
+    no class is left.
     """
-    if first_classes is None and per_class is None:
+    if first_classes is None and per_class is None and not skip_classes:
         return source
     if source.size is None:
-        raise UserError("--first-classes, --per-class: take a source that says how many images it has, not a stream")
-    classes = list(source.classes)[:first_classes]
-    labels = np.array([image.label for image in source.read(0, source.size)])
+        raise UserError(
+            "--first-classes, --skip-classes, --per-class: take a source that says how many images it has, not a stream"
+        )
+    classes = list(source.classes)[skip_classes:][:first_classes]
+    if not classes:
+        raise UserError(f"--skip-classes {skip_classes}: must be less than the {len(source.classes)} classes")
+    labels = np.array([image.label for image in source.read(0, source.size)]) - skip_classes
     order = np.random.default_rng(0).permutation(source.size)
     chosen = [order[labels[order] == label][:per_class] for label in range(len(classes))]
-    return Selection(source, sorted(np.concatenate(chosen).tolist()), classes)
+    return Selection(source, sorted(np.concatenate(chosen).tolist()), classes, skip_classes)

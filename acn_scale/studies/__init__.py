@@ -1,6 +1,7 @@
 """The figures and tables of the paper, each as one command."""
 
-from acn_scale.studies import connectivity, depth, gradients, noise
+from acn_scale.studies import connectivity, depth, early_exit, gradients, low_data, noise, pruning, transfer
 from acn_scale.studies.study import Study
 
-STUDIES: dict[str, Study] = {**depth.STUDIES, **connectivity.STUDIES, **gradients.STUDIES, **noise.STUDIES}
+PARTS = (depth, connectivity, gradients, noise, early_exit, low_data, transfer, pruning)
+STUDIES: dict[str, Study] = {name: study for part in PARTS for name, study in part.STUDIES.items()}

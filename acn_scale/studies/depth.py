@@ -1,11 +1,12 @@
 """Do ACNs compress more? Depth curves of an ACN and its twin, and how the cut-off grows with the task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, per_cent, spread
+from acn_scale.studies.pictures import band
+from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, paired, per_cent, spread
 
 TWINS = ("acn", "residual")
 CLASSES = (2, 5, 10)
@@ -69,7 +70,8 @@ def findings_of(name: str, runs: Mapping[str, Runs], setting: Setting) -> Findin
 
 
 def _compared(name: str, acn: Runs, twin: Runs) -> str:
-    pairs = list(zip(acn.cutoffs, twin.cutoffs, strict=False))
+    acn, twin = paired(acn, twin)
+    pairs = list(zip(acn.cutoffs, twin.cutoffs, strict=True))
     below = sum(one < other for one, other in pairs)
     gap = 100 * (acn.mean_accuracy[-1] - twin.mean_accuracy[-1])
     where = f"{name.partition('-')[2]} classes: " if "-" in name else ""
@@ -84,11 +86,7 @@ def curves(runs: Mapping[str, Runs]) -> Figure:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, each in runs.items():
-        columns: Sequence[tuple[float, ...]] = list(zip(*each.accuracy, strict=True))
-        style = "--" if name.startswith("residual") else "-"
-        (line,) = axes.plot([100 * fmean(column) for column in columns], style, marker=".", label=name)
-        low, high = ([100 * edge(column) for column in columns] for edge in (min, max))
-        axes.fill_between(range(len(columns)), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        band(axes, name, range(len(each.accuracy[0])), [[100 * value for value in curve] for curve in each.accuracy])
     axes.set_xlabel("depth (blocks)")
     axes.set_ylabel("accuracy (%)")
     axes.set_title("Readout at every depth: mean and range over seeds")

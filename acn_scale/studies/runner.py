@@ -32,6 +32,7 @@ from acn_scale.studies.study import Findings, Runs, Setting, Study, Trial
 from acn_scale.tables import aligned, markdown
 
 SMALL = 16  # pixels: laptop scale
+STEPS = 1500  # of a run on other images than the digits, of which an epoch may be long
 
 
 def reproduce(name: str, study: Study, setting: Setting, workers: int) -> str:
@@ -39,19 +40,38 @@ def reproduce(name: str, study: Study, setting: Setting, workers: int) -> str:
 
     A run that fails does not stop the others; the report names it. Raises UserError.
     """
-    trials = study.trials(setting)
-    configs = {trial.name: [trial.config_of(seed, setting, _data(trial, setting)) for seed in setting.seeds]
-               for trial in trials}  # fmt: skip
-    # All variants of a seed before the next seed: what the machine does meanwhile is then alike for all.
-    left = [cfg for runs in zip(*configs.values(), strict=True) for cfg in runs if not finished(cfg, study)]
-    for cfg in left:
-        check_run_folder(cfg)
-    failures = _run(name, study, left, workers)
-    done = {name: Runs([cfg for cfg in runs if finished(cfg, study)]) for name, runs in configs.items()}
-    if any(not runs.configs for runs in done.values()):
-        lost = next(name for name, runs in done.items() if not runs.configs)
-        raise UserError(f"{name}: no run of {lost} was finished: {next(iter(failures.values()), 'stopped')}")
+    done: dict[str, Runs] = {}
+    failures: dict[str, str] = {}
+    for stage in _stages(study.trials(setting)):
+        configs = {trial.name: _configs(trial, setting, done) for trial in stage}
+        # All variants of a seed before the next seed: what the machine does meanwhile is then alike for all.
+        each = sorted((cfg for runs in configs.values() for cfg in runs), key=lambda cfg: cfg.run.seed)
+        for cfg in each:
+            check_run_folder(cfg)
+        failures |= _run(name, study, [cfg for cfg in each if not finished(cfg, study)], workers)
+        done |= {trial: Runs([cfg for cfg in runs if finished(cfg, study)]) for trial, runs in configs.items()}
+        if lost := [trial for trial in configs if not done[trial].configs]:
+            raise UserError(f"{name}: no run of {lost[0]} was finished: {next(iter(failures.values()), 'stopped')}")
     return _write(name, study, setting, study.findings(done, setting), failures)
+
+
+def _stages(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Those that start from others come after them."""
+    stages: list[list[Trial]] = []
+    left, known = list(trials), {None}  # one that starts from none can be run at once
+    while left:
+        stages.append([trial for trial in left if trial.after in known])
+        assert stages[-1], "a trial starts from one that is not there"
+        known |= {trial.name for trial in stages[-1]}
+        left = [trial for trial in left if trial.name not in known]
+    return stages
+
+
+def _configs(trial: Trial, setting: Setting, done: Mapping[str, Runs]) -> list[Config]:
+    """For each seed; a trial that starts from another's runs has none where those failed."""
+    seeds = done[trial.after].seeds if trial.after else setting.seeds
+    data = _data(trial, setting)
+    return [trial.config_of(seed, setting, data) for seed in seeds]
 
 
 def finished(cfg: Config, study: Study) -> bool:
@@ -88,13 +108,14 @@ def _images(root: Path, trial: Trial, source: str) -> list[str]:
     resize = None if source == "digits" else SMALL
     for split in ("train", "eval"):
         # All of the evaluation set, whatever is left out of the training set.
-        keys = {key: value for key, value in trial.selection.items() if split == "train" or key == "first_classes"}
+        keys = {key: value for key, value in trial.selection.items() if split == "train" or key != "per_class"}
         make_image_shards(source, split, folder / split, workers=os.cpu_count() or 1, resize=resize, **keys)
     info = ShardIndex.load(folder / "train").info
     values = [f'data.train="{folder}/train"', f'data.eval="{folder}/eval"']
     values.append(f"model.num_classes={len(info['classes'])}")
     if resize:
         values += [f"model.image_size={SMALL}", "model.patch_size=4", f"model.channels={len(info['mean'])}"]
+        values.append(f"train.length={STEPS}step")
     return values
 
 

@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 
 from acn_scale.cli import load_config
 from acn_scale.config import Config
+from acn_scale.data.shards import ShardIndex
 from acn_scale.depth import cutoff
+from acn_scale.downstream.source import completed
 from acn_scale.runs import read_metrics, read_result, run_folder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -35,12 +37,18 @@ class Trial:
     config: Path
     overrides: Sequence[str] = ()
     data: Literal["images", "text"] | None = None  # that the study makes; None: what the config names
-    selection: Mapping[str, int] = field(default_factory=dict)  # of the images: first_classes, per_class
+    selection: Mapping[str, int] = field(default_factory=dict)  # of the images, as make_image_shards takes it
+    after: str | None = None  # the trial from whose run of the same seed it starts
 
     def config_of(self, seed: int, setting: Setting, data: Sequence[str]) -> Config:
-        """`data`: overrides that say where the shards are and what images they hold."""
+        """`data`: overrides that say where the shards are and what images they hold.
+
+        A config that names no model takes that of the run it starts from, which must then be finished.
+        """
         run = [f'run.dir="{setting.folder}"', f'run.name="{self.name}/seed={seed}"', f"run.seed={seed}"]
-        return load_config(self.config, [*data, *self.overrides, *run])
+        if self.after:
+            run.append(f'train.init_from="{setting.folder}/{self.after}/seed={seed}"')
+        return load_config(self.config, [*data, *self.overrides, *run], completed)
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,10 @@ class Runs:
     configs: Sequence[Config]
 
     @property
+    def seeds(self) -> list[int]:
+        return [cfg.run.seed for cfg in self.configs]
+
+    @property
     def accuracy(self) -> list[list[float]]:
         """0..1 at depth 0, 1, ... of the last evaluation, for each seed."""
         return [read_result(run_folder(cfg)).accuracy for cfg in self.configs]
@@ -94,9 +106,24 @@ class Runs:
         """The last value of a metric in each run; for speeds and memory, see metrics.jsonl."""
         return [values[-1] for values in self.series(metric)]
 
+    def curves(self, metric: str) -> list[list[tuple[float, float]]]:
+        """(epochs, value) of each line of metrics that has it, for each run."""
+        found = []
+        for cfg in self.configs:
+            steps = ShardIndex.load(cfg.data.train, cfg.data.remote).num_samples / cfg.train.global_batch_size
+            lines = read_metrics(run_folder(cfg))
+            found.append([(line["step"] / steps, line[metric]) for line in lines if metric in line])
+        return found
+
     def median(self, metric: str) -> list[float]:
         """Over each run."""
         return [median(values) for values in self.series(metric)]
+
+
+def paired(*runs: Runs) -> list[Runs]:
+    """Of the seeds that are finished in all of them."""
+    seeds = set.intersection(*(set(each.seeds) for each in runs))
+    return [Runs([cfg for cfg in each.configs if cfg.run.seed in seeds]) for each in runs]
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

@@ -1,0 +1,122 @@
+"""Pruning on top: accuracy against sparsity of an ACN and its twin, by magnitude and by movement (figure 7)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+
+from matplotlib.figure import Figure
+
+from acn_scale.movement import movement_curve
+from acn_scale.report.subject import open_subjects
+from acn_scale.runs import run_folder
+from acn_scale.sparsity import magnitude_curve
+from acn_scale.studies.pictures import band
+from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, paired, per_cent, spread
+
+TWINS = ("acn", "residual")
+SHARE, TIMES = 0.4, 6  # of what is left, after each epoch: Dorovatas et al. 2025, app. G, variant II of movement
+SPARSITIES = [1 - (1 - SHARE) ** times for times in range(TIMES + 1)]
+EVERY = 50  # steps in the place of an epoch, at laptop scale
+CUT, WHOLE, MOVEMENT = f"magnitude, cut within {TOLERANCE} points", "magnitude, all blocks", "movement, all blocks"
+PUBLISHED = {"acn": "above its twin, more so at high sparsity (no numbers)"}
+
+
+def trials(setting: Setting) -> list[Trial]:
+    """The twins, and runs that go on from them and prune by movement. The paper's are BERTs fine-tuned on SST-2."""
+    found = []
+    for name in TWINS:
+        every = "1ep" if setting.scale == "paper" else f"{EVERY}step"
+        prune = [f"prune.share={SHARE}", f"prune.every={every}", f"eval.every={every}"]
+        if setting.scale == "paper":
+            file = f"{'ac' if name == 'acn' else name}_bert_base.toml"
+            found.append(Trial(f"{name}-pretrained", CONFIGS / "bert" / file))
+            sst2 = [f"data.{split}=data/glue/sst2/{split}" for split in ("train", "eval")]
+            config = CONFIGS / "glue" / "paper.toml"
+            found.append(Trial(name, config, sst2, after=f"{name}-pretrained"))
+            values = [*sst2, f"train.length={TIMES + 1}ep", "train.zero_stage=0", "train.precision=fp32", *prune]
+            found.append(Trial(f"{name}-movement", config, values, after=name))
+        else:
+            config, connectivity = CONFIGS / "studies" / "mixer.toml", f"model.connectivity={name}"
+            found.append(Trial(name, config, [connectivity], "images"))
+            values = [connectivity, f"train.length={(TIMES + 1) * EVERY}step", "optim.lr=5e-4", *prune]
+            found.append(Trial(f"{name}-movement", config, values, "images", after=name))
+    return found
+
+
+Curves = list[list[float]]  # accuracy (0..1) at each of SPARSITIES, for each run
+
+
+def by_magnitude(runs: Runs, *, cut: bool) -> Curves:
+    """Of each run's last network, or of what its cut-off leaves of it."""
+    found = []
+    for cfg in runs.configs:
+        (subject,) = open_subjects([run_folder(cfg)], None)
+        if cut:
+            subject = replace(subject, network=subject.network.cut_within(TOLERANCE))
+        points, _ = magnitude_curve(subject, SPARSITIES)
+        found.append([point["accuracy"] for point in points])
+    return found
+
+
+def by_movement(runs: Runs) -> Curves:
+    """As the runs measured it: after training with that many zeros."""
+    return [[point["accuracy"] for point in movement_curve(run_folder(cfg))] for cfg in runs.configs]
+
+
+def findings_of(runs: Mapping[str, Runs], setting: Setting) -> Findings:
+    """Accuracy at each sparsity, and where the ACN is above its twin."""
+    twins = dict(zip(TWINS, paired(*(runs[name] for name in TWINS)), strict=True))
+    moved = dict(zip(TWINS, paired(*(runs[f"{name}-movement"] for name in TWINS)), strict=True))
+    found = {
+        CUT: {name: by_magnitude(each, cut=True) for name, each in twins.items()},
+        WHOLE: {name: by_magnitude(each, cut=False) for name, each in twins.items()},
+        MOVEMENT: {name: by_movement(each) for name, each in moved.items()},
+    }
+    zeros = [f"{100 * share:.0f} % zero" for share in SPARSITIES]
+    table = [["network", "pruned by", "blocks", *zeros, "published"]]
+    for way, curves in found.items():
+        for name, each in curves.items():
+            depths = [max(1, cut) for cut in twins[name].cutoffs] if way == CUT else _blocks(twins[name])
+            cells = [per_cent(column) for column in zip(*each, strict=True)]
+            table.append([name, way, spread(depths), *cells, PUBLISHED.get(name, "")])
+    sentences = [_compared(way, *curves.values()) for way, curves in found.items()]
+    sentences.append("Zeros are counted among the linear weights of the blocks that are there.")
+    if setting.scale == "laptop":
+        sentences.append("The published figure is of BERTs fine-tuned on SST-2.")
+    return Findings(table, picture(found), sentences)
+
+
+def _blocks(runs: Runs) -> list[int]:
+    return [len(curve) - 1 for curve in runs.accuracy]
+
+
+def _compared(way: str, acn: Curves, twin: Curves) -> str:
+    """At the sparsities above 0: on how many the mean is higher, and at the highest of them, by how much."""
+    gaps = [
+        100 * (fmean(one) - fmean(other))
+        for one, other in zip(zip(*acn, strict=True), zip(*twin, strict=True), strict=True)
+    ]
+    above = sum(gap > 0 for gap in gaps[1:])
+    wins = sum(one[-1] > other[-1] for one, other in zip(acn, twin, strict=True))
+    return (
+        f"{way}: the ACN's mean accuracy is above its twin's at {above} of {TIMES} sparsities; at "
+        f"{SPARSITIES[-1]:.0%} zeros by {gaps[-1]:+.1f} points, above it on {wins} of {len(acn)} seeds."
+    )
+
+
+def picture(found: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> Figure:
+    """A panel for each way of pruning."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for axes, (way, curves) in zip(figure.subplots(1, len(found), sharey=True), found.items(), strict=True):
+        for name, each in curves.items():
+            percent = [[100 * value for value in curve] for curve in each]
+            band(axes, name, [100 * share for share in SPARSITIES], percent)
+        axes.set_title(way)
+        axes.set_xlabel("zeros among the blocks' linear weights (%)")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("accuracy (%)")
+    figure.axes[0].legend(fontsize="small")
+    return figure
+
+
+STUDIES = {"pruning": Study("accuracy against sparsity", trials, findings_of)}
