@@ -1,7 +1,9 @@
 """Tasks one after another in one run, and what keeps the earlier ones from being forgotten."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from acn_scale.data.samples import Batch
 from acn_scale.data.sequence import Turns, deal_classes
 from acn_scale.depth import evaluate
 from acn_scale.durations import Horizon
+from acn_scale.errors import UserError
+from acn_scale.runs import read_metrics
 
 FISHER_BATCH = 32  # samples whose gradients are held at once
 
@@ -46,7 +50,7 @@ class Sequence:
         task = self.turns.task(step - 1)
         self.method.end_task(self.examples[task] if isinstance(self.method, ElasticWeights) else ())
         learnt = [task] if step < self.turns.steps else range(self.turns.tasks)
-        return {f"continual/task_{each:02d}/accuracy": self._accuracy(each) for each in learnt}
+        return {_metric(each): self._accuracy(each) for each in learnt}
 
     def _accuracy(self, task: int) -> float:
         return evaluate(self.engine.module, self.evaluations[task], self.engine.device)["accuracy"][-1]
@@ -64,6 +68,40 @@ class Sequence:
         for kind, mine in self.method.state.items():
             for number, tensor in enumerate(mine):
                 tensor.copy_(tensors[f"{kind}.{number}"])
+
+
+def _metric(task: int) -> str:
+    return f"continual/task_{task:02d}/accuracy"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Accuracy (0..1) on each task when it had just been learnt, and at the end of the run."""
+
+    learnt: list[float]
+    final: list[float]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean accuracy at the end (Dorovatas et al. 2025, section 6: average accuracy)."""
+        return fmean(self.final)
+
+    @property
+    def forgetting(self) -> float:
+        """Mean fall of accuracy since a task was learnt; the last task counts with 0 (there: average forgetting)."""
+        return fmean(self.learnt) - self.accuracy
+
+
+def read_retention(folder: Path) -> Retention:
+    """Of a run's metrics. Raises UserError for a run that did not learn tasks to its end."""
+    lines = [line for line in read_metrics(folder) if any(name.startswith("continual/task_") for name in line)]
+    tasks = len(lines)  # a line when each of them ends
+    if not tasks or any(_metric(task) not in lines[-1] for task in range(tasks)):
+        raise UserError(f"{folder}: has not come to the end of its tasks")
+    return Retention(
+        learnt=[line[_metric(task)] for task, line in enumerate(lines)],
+        final=[lines[-1][_metric(task)] for task in range(tasks)],
+    )
 
 
 class Method:
