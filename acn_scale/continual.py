@@ -1,6 +1,6 @@
 """Tasks one after another in one run, and what keeps the earlier ones from being forgotten."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +16,7 @@ from acn_scale.config import Config
 from acn_scale.data import evaluations_of_tasks
 from acn_scale.data.samples import Batch
 from acn_scale.data.sequence import Turns, deal_classes
+from acn_scale.data.stream import Evaluation
 from acn_scale.depth import evaluate
 from acn_scale.durations import Horizon
 from acn_scale.errors import UserError
@@ -26,7 +27,7 @@ FISHER_BATCH = 32  # samples whose gradients are held at once
 Examples = Iterable[tuple[Batch, Tensor]]
 
 
-class Sequence:
+class TaskSequence:
     """The tasks of a run. Its methods are collective; at stage 0 in fp32 all ranks hold the same numbers."""
 
     def __init__(self, engine: Any, cfg: Config, horizon: Horizon) -> None:
@@ -37,23 +38,24 @@ class Sequence:
         ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "share": distributed.union}
         self.evaluations = evaluations_of_tasks(cfg, cfg.data, batch_size=cfg.eval.batch_size, **ranks)
         self.method = METHODS[cfg.continual.method](engine.module, cfg)
-        if isinstance(self.method, ElasticWeights):
+        self.examples: list[Evaluation] | None = None
+        if self.method.sees_examples:
             trained_on = cfg.data.model_copy(update={"eval": cfg.data.train})
             self.examples = evaluations_of_tasks(cfg, trained_on, batch_size=FISHER_BATCH, **ranks)
 
-    def finish(self, step: int) -> dict[str, float]:
+    def finish(self, step: int, watch: Callable[[Examples], Examples] = iter) -> dict[str, float]:
         """Where a task ends with this step: have the method note what it needs. Returns the accuracy (0..1) on its
-        evaluation samples, after the last task on those of all tasks; between two ends nothing.
+        evaluation samples, after the last task on those of all tasks; between two ends nothing. `watch` sees batches.
         """
         if not self.turns.ends(step):
             return {}
         task = self.turns.task(step - 1)
-        self.method.end_task(self.examples[task] if isinstance(self.method, ElasticWeights) else ())
+        self.method.end_task(watch(self.examples[task]) if self.examples else ())
         learnt = [task] if step < self.turns.steps else range(self.turns.tasks)
-        return {_metric(each): self._accuracy(each) for each in learnt}
-
-    def _accuracy(self, task: int) -> float:
-        return evaluate(self.engine.module, self.evaluations[task], self.engine.device)["accuracy"][-1]
+        model, device = self.engine.module, self.engine.device
+        return {
+            _metric(each): evaluate(model, watch(self.evaluations[each]), device)["accuracy"][-1] for each in learnt
+        }
 
     def parts(self) -> dict[str, bytes]:
         """Rank 0's file of a checkpoint."""
@@ -106,6 +108,8 @@ def read_retention(folder: Path) -> Retention:
 
 class Method:
     """Nothing against forgetting. `state`: what a checkpoint holds of it."""
+
+    sees_examples = False  # whether it looks at a task's samples once more when the task ends
 
     def __init__(self, model: nn.Module, cfg: Config) -> None:
         self.model, self.cfg = model, cfg.continual
@@ -175,6 +179,8 @@ class ElasticWeights(Penalty):
     over the earlier tasks t. That sum of squares is, but for a constant, one square with the sum of the F_t / 2 round
     the mean of the w_t weighted by them, so that its memory does not grow with the tasks.
     """
+
+    sees_examples = True
 
     @torch.no_grad()
     def end_task(self, examples: Examples) -> None:

@@ -14,7 +14,7 @@ from acn_scale import checkpoint, curriculum, distributed, pruning
 from acn_scale.checkpoint import Checkpoints
 from acn_scale.cli import config_from_args, exit_on_user_error
 from acn_scale.config import Config
-from acn_scale.continual import Sequence
+from acn_scale.continual import TaskSequence
 from acn_scale.convert.start import start_from
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.stream import Evaluation, Stream
@@ -107,7 +107,7 @@ class Trainer:
                 start_from(model, cfg.train.init_from)
         self.engine = build_engine(model, cfg, self.device, distributed.world_size())
         self.average = WeightAverage(self.engine, cfg.train.ema_decay) if cfg.train.ema_decay else None
-        self.sequence = Sequence(self.engine, cfg, self.horizon) if cfg.continual.tasks > 1 else None
+        self.sequence = TaskSequence(self.engine, cfg, self.horizon) if cfg.continual.tasks > 1 else None
         mask_ratio, frozen = cfg.data.mask_ratio, cfg.train.freeze
         self.flops_per_sample = step_flops(cfg.model, mask_ratio, frozen=frozen) if self.peak_rate else 0
         self.depth = depth
@@ -136,8 +136,7 @@ class Trainer:
                 if self.due(self.cfg.train.log_every, step):
                     self.log(step, result)
                 with self.window.paused():
-                    if self.sequence and (accuracy := self.sequence.finish(step)):
-                        self.metrics.write(step, accuracy)
+                    self.end_task(step)
                     keep = self.evaluate(step) if self.due(self.cfg.eval.every, step) else self.depth
                     if self.due(self.cfg.checkpoint.every, step) or stop or keep < self.depth:
                         self.save(step, keep)
@@ -193,9 +192,9 @@ class Trainer:
 
     def edit(self, step: int) -> None:
         """What changes an update beside the loss, right before it is made."""
-        pruning.prune_by_movement(self.cfg.prune, self.horizon, self.engine, step - 1)
         if self.sequence:
             self.sequence.method.before_update()
+        pruning.prune_by_movement(self.cfg.prune, self.horizon, self.engine, step - 1)
 
     def enter(self, step: int, phase: str) -> None:
         """Say where the step is, to who watches it."""
@@ -287,6 +286,12 @@ class Trainer:
         self.metrics.write(step, values)
         loss, speed = values.get("train/loss", math.nan), values["speed/samples_per_second"]
         self.progress.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} samples/s", refresh=False)
+
+    def end_task(self, step: int) -> None:
+        """Where the run learns tasks one after another and one ends here, note what it needs and how well it does."""
+        watch = partial(self.watchdog.each, phase="evaluation")
+        if self.sequence and (accuracy := self.sequence.finish(step, watch)):
+            self.metrics.write(step, accuracy)
 
     def evaluate(self, step: int) -> int:
         """The scores at full depth, the accuracy at each depth, the cut-off, and the curve as a picture.
