@@ -65,8 +65,8 @@ def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
     if setting.scale == "laptop":
         tasks = len(next(iter(kept.values()))[0].final)
         sentences.append(
-            f"Here {tasks} tasks, small images, at most {IMAGES:,} of them, and a width of 32; the published values are "
-            "of 20 tasks of CIFAR-100 and a width of 128."
+            f"Here {tasks} tasks of small images, {IMAGES:,} at most, passed over {PASSES} times, and a width of 32; the "
+            "published values are of 20 tasks of CIFAR-100, 10 passes and a width of 128."
         )
     return Findings(table, _figure(kept), sentences)
 
