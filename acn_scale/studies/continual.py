@@ -12,7 +12,7 @@ from acn_scale.studies.study import CONFIGS, Findings, Runs, Setting, Study, Tri
 
 TWINS = {"acn": "ac", "residual": "residual"}
 DEPTHS = (5, 10, 15)
-# The paper's methods at all depths; references at the last one. The twin chose EWC's strength.
+# The paper's methods at all depths; references at the last one, with the first settings that were tried.
 METHODS = {"naive": (), "si": ("continual.strength=1.0", "continual.damping=0.1")}
 REFERENCES = {"ewc": ("continual.strength=1000.0",), "replay": ("continual.memory=5",)}
 PASSES = 5  # over each task, at laptop scale
@@ -104,10 +104,16 @@ def _figure(kept: Mapping[str, list[Retention]]) -> Figure:
                 points = {int(name.split("-")[2]): [100 * value(one) for one in each]
                           for name, each in kept.items() if name.startswith(f"{twin}-{method}-")}  # fmt: skip
                 means = [fmean(values) for values in points.values()]
-                spans = [[mean - min(values) for mean, values in zip(means, points.values(), strict=True)],
-                         [max(values) - mean for mean, values in zip(means, points.values(), strict=True)]]  # fmt: skip
+                spans = [(fmean(values) - min(values), max(values) - fmean(values)) for values in points.values()]
                 style = "o-" if twin == "acn" else "s--"
-                axes.errorbar([*points], means, yerr=spans, fmt=style, color=f"C{colour}", label=f"{twin}, {method}")
+                axes.errorbar(
+                    [*points],
+                    means,
+                    [*zip(*spans, strict=True)],
+                    fmt=style,
+                    color=f"C{colour}",
+                    label=f"{twin}, {method}",
+                )
         axes.set_xlabel("blocks")
         axes.set_ylabel(title)
         axes.set_xticks(DEPTHS)
