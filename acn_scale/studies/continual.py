@@ -16,7 +16,7 @@ DEPTHS = (5, 10, 15)
 METHODS = {"naive": (), "si": ("continual.strength=1.0", "continual.damping=0.1")}
 REFERENCES = {"ewc": ("continual.strength=1000.0",), "replay": ("continual.memory=5",)}
 PASSES = 5  # over each task, at laptop scale
-IMAGES = 10_000  # at most, at laptop scale
+IMAGES = 8_000  # at most, at laptop scale
 # Dorovatas et al. 2025, table 3: average accuracy (%) and average forgetting (points).
 PUBLISHED = {
     "acn-naive": ("32.97 ± 2.4", "46.55 ± 2.2", "32.94 ± 5.3", "45.46 ± 5.8", "31.61 ± 2.2", "46.91 ± 2.4"),
