@@ -451,6 +451,22 @@ class PruneConfig(Section):
     every: Duration = Field("1ep", description="between two prunings; none is made at the end")
 
 
+class ContinualConfig(Section):
+    """Tasks that are learnt one after another, each told by its classes alone (task-incremental)."""
+
+    tasks: int = Field(
+        1, ge=1, description="the classes are dealt to so many tasks by the seed; each is trained on for an equal part "
+        "of the run, and a sample's class is one of its task's; an epoch is then a pass over one task",
+    )  # fmt: skip
+    method: Literal["naive", "si", "ewc", "replay"] = Field(
+        "naive", description="against forgetting: nothing; Synaptic Intelligence; Elastic Weight Consolidation; or "
+        "half of each batch from a few samples kept of earlier tasks",
+    )  # fmt: skip
+    strength: float = Field(1.0, ge=0, description="weight of the penalty (si, ewc)")
+    damping: float = Field(0.1, gt=0, description="added to the square of a weight's way over a task (si)")
+    memory: int = Field(10, ge=1, description="samples kept of each class (replay)")
+
+
 class ProfileConfig(Section):
     """A look at single steps."""
 
@@ -481,6 +497,7 @@ class Config(Section):
     health: HealthConfig = HealthConfig()
     depth: DepthConfig = DepthConfig()
     prune: PruneConfig = PruneConfig()
+    continual: ContinualConfig = ContinualConfig()
     profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
@@ -516,6 +533,28 @@ class Config(Section):
             given = getattr(self.train, key)
             if self.prune.share and given != value:
                 raise ValueError(f"train.{key} = {given}: prune.share = {self.prune.share} takes {value}")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_fit(self) -> "Config":
+        tasks, model, train = self.continual.tasks, self.model, self.train
+        if tasks == 1:
+            if self.continual.method != "naive":
+                raise ValueError(f"continual.method = {self.continual.method}: continual.tasks must be 2 or more")
+            return self
+        if self.data.kind != "images":
+            raise ValueError(f"continual.tasks = {tasks}: data.kind must be images")
+        if model.num_classes % tasks or model.num_classes == tasks:
+            raise ValueError(
+                f"continual.tasks = {tasks}: model.num_classes = {model.num_classes} must be a multiple of it, and more"
+            )
+        needed = {"train.zero_stage": (train.zero_stage, 0), "train.precision": (train.precision, "fp32")}
+        needed |= {"train.batch_ramp": (train.batch_ramp, "0step"), "data.mixup": (self.data.mixup, 0.0)}
+        needed |= {"data.cutmix": (self.data.cutmix, 0.0), "model.label_smoothing": (model.label_smoothing, 0.0)}
+        needed |= {"depth.cut_while_training": (self.depth.cut_while_training, False)}
+        for key, (given, value) in needed.items():
+            if given != value:
+                raise ValueError(f"{key} = {given}: continual.tasks = {tasks} takes {value}")
         return self
 
     @model_validator(mode="after")

@@ -91,7 +91,8 @@ def plan(cfg: Config, cluster: Cluster, samples: int | None = None) -> str:
     """
     cfg.micro_batch_size(cluster.gpus)
     index = None if samples else ShardIndex.load(cfg.data.train, cfg.data.remote)
-    steps = Horizon.of(cfg.train.length, samples or index.num_samples, cfg.train.global_batch_size).steps
+    samples = (samples or index.num_samples) // cfg.continual.tasks
+    steps = Horizon.of(cfg.train.length, samples, cfg.train.global_batch_size).steps
     parts = [_head(cfg, cluster, steps), _memory_table(cfg, cluster), _pace_table(cfg, cluster, steps)]
     if index is not None:
         mine = shards_per_node(cfg, len(index.shards), cluster)

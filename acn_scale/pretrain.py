@@ -14,6 +14,7 @@ from acn_scale import checkpoint, curriculum, distributed, pruning
 from acn_scale.checkpoint import Checkpoints
 from acn_scale.cli import config_from_args, exit_on_user_error
 from acn_scale.config import Config
+from acn_scale.continual import TaskSequence
 from acn_scale.convert.start import start_from
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.stream import Evaluation, Stream
@@ -106,6 +107,7 @@ class Trainer:
                 start_from(model, cfg.train.init_from)
         self.engine = build_engine(model, cfg, self.device, distributed.world_size())
         self.average = WeightAverage(self.engine, cfg.train.ema_decay) if cfg.train.ema_decay else None
+        self.sequence = TaskSequence(self.engine, cfg, self.horizon) if cfg.continual.tasks > 1 else None
         mask_ratio, frozen = cfg.data.mask_ratio, cfg.train.freeze
         self.flops_per_sample = step_flops(cfg.model, mask_ratio, frozen=frozen) if self.peak_rate else 0
         self.depth = depth
@@ -134,6 +136,7 @@ class Trainer:
                 if self.due(self.cfg.train.log_every, step):
                     self.log(step, result)
                 with self.window.paused():
+                    self.end_task(step)
                     keep = self.evaluate(step) if self.due(self.cfg.eval.every, step) else self.depth
                     if self.due(self.cfg.checkpoint.every, step) or stop or keep < self.depth:
                         self.save(step, keep)
@@ -171,11 +174,13 @@ class Trainer:
             stop=self.signals.received is not None,
             measure_gradients=self.due(self.cfg.train.log_every, step),
             phase=partial(self.enter, step),
-            edit=partial(pruning.prune_by_movement, self.cfg.prune, self.horizon, self.engine, step - 1),
+            edit=partial(self.edit, step),
         )
         waited = self.stream.waited - waited
         if self.average and result.applied:
             self.average.update()
+        if self.sequence and result.applied:
+            self.sequence.method.after_update()
         self.window.add(
             result.loss, samples=samples, applied=result.applied, waited=waited, own_seconds=waited + result.seconds
         )
@@ -184,6 +189,12 @@ class Trainer:
         else:
             self.guard.good(result.loss, applied=result.applied)
         return result
+
+    def edit(self, step: int) -> None:
+        """What changes an update beside the loss, right before it is made."""
+        if self.sequence:
+            self.sequence.method.before_update()
+        pruning.prune_by_movement(self.cfg.prune, self.horizon, self.engine, step - 1)
 
     def enter(self, step: int, phase: str) -> None:
         """Say where the step is, to who watches it."""
@@ -233,6 +244,8 @@ class Trainer:
         state = checkpoint.load(self.engine, self.stream, path)
         if self.average:
             self.average.load(path)
+        if self.sequence:
+            self.sequence.load(path)
         self.guard.load_state_dict(state["guard"], keep_bad_steps=keep_bad_steps)
         self.window.load_state_dict(state["window"])
         self.dead_blocks.load_state_dict(state["dead_blocks"])
@@ -246,7 +259,7 @@ class Trainer:
         state = {"guard": self.guard.state_dict(), "window": self.window.state_dict(), "depth": depth}
         state |= {"dead_blocks": self.dead_blocks.state_dict()}
         state |= {"short": curriculum.short_share(self.horizon.count(self.cfg.train.anneal), step - 1)}
-        parts = self.average.parts() if self.average else None
+        parts = (self.average.parts() if self.average else {}) | (self.sequence.parts() if self.sequence else {})
         self.stall = self.checkpoints.save(self.engine, self.stream, step, state, parts)
 
     def cut(self, step: int, depth: int) -> None:
@@ -273,6 +286,12 @@ class Trainer:
         self.metrics.write(step, values)
         loss, speed = values.get("train/loss", math.nan), values["speed/samples_per_second"]
         self.progress.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} samples/s", refresh=False)
+
+    def end_task(self, step: int) -> None:
+        """Where the run learns tasks one after another and one ends here, note what it needs and how well it does."""
+        watch = partial(self.watchdog.each, phase="evaluation")
+        if self.sequence and (accuracy := self.sequence.finish(step, watch)):
+            self.metrics.write(step, accuracy)
 
     def evaluate(self, step: int) -> int:
         """The scores at full depth, the accuracy at each depth, the cut-off, and the curve as a picture.

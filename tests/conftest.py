@@ -78,6 +78,7 @@ def vit(digits: Path, tmp_path: Path) -> Callable[..., Config]:
             "health": {},
             "depth": {},
             "prune": {},
+            "continual": {},
             "profile": {},
         }
         return Config.model_validate({name: values.get(name, {}) | sections.get(name, {}) for name in values})

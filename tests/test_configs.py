@@ -85,10 +85,13 @@ def test_twins_differ_in_connectivity_alone(ac: Path, residual: Path) -> None:
 
 
 def test_full_scale_runs_fit_whole_nodes() -> None:
-    """Their batches divide over 1, 2, 4 and 8 GPUs; bf16, and ZeRO shards the fp32 weights behind it."""
+    """Their batches divide over 1, 2, 4 and 8 GPUs; bf16, and ZeRO shards the fp32 weights behind it, but where updates
+    are edited."""
     for path in (path for path in paths if path.parent.name != "quickstart"):
         cfg = load_config(path)
         assert all(cfg.micro_batch_size(world_size) for world_size in (1, 2, 4, 8)), path
+        if cfg.continual.tasks > 1:
+            continue
         assert (cfg.train.precision, cfg.train.zero_stage in (1, 2)) == ("bf16", True), path
 
 

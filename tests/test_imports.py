@@ -15,7 +15,7 @@ ROWS = [
     {"cli", "distributed"},
     {"log", "progress", "runs", "models", "data", "optim", "guard", "profiling"},
     {"engine", "reshape", "depth", "watchdog", "curriculum", "gradients", "pruning"},
-    {"checkpoint", "ema", "memory", "dead_blocks", "early_exit"},
+    {"checkpoint", "ema", "memory", "dead_blocks", "early_exit", "continual"},
     {"convert", "batches", "results"},
     {"pretrain", "report"},
     {"benchmark", "plan", "evaluation", "downstream", "movement"},

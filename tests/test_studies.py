@@ -78,7 +78,9 @@ def config_of(trial: Trial, here: Setting) -> Config:
     return trial.config_of(0, here, [])
 
 
-@pytest.mark.parametrize("name", STUDIES.keys() - {"connectivity", "gradients"})  # which have more than twins
+@pytest.mark.parametrize(
+    "name", STUDIES.keys() - {"connectivity", "gradients", "continual"}
+)  # which have more than twins
 @pytest.mark.parametrize("scale", ["laptop", "paper"])
 def test_twins_differ_in_one_thing(tmp_path: Path, name: str, scale: str) -> None:
     """At laptop scale in the connectivity alone; the paper trains its ACNs longer."""

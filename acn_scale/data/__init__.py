@@ -11,6 +11,7 @@ from acn_scale.data.images import ImageDecoder
 from acn_scale.data.order import BucketedOrder, ChosenOrder, DiskOrder, LengthOrder, Order
 from acn_scale.data.samples import Decoder, Samples
 from acn_scale.data.sentences import SentenceDecoder
+from acn_scale.data.sequence import TaskOrder, Turns, deal_classes, keep, samples_of_tasks
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.stream import BatchPlan, DeviceCopies, Evaluation, Share, Stream, alone
 from acn_scale.data.text import TextDecoder
@@ -28,9 +29,10 @@ def build_stream(
     """
     index = ShardIndex.load(cfg.data.train, cfg.data.remote)
     decoder = _decoder(cfg.data, cfg.model, index, index, training=True)
-    samples = _probed(Samples(index, decoder, cfg.data, seed=cfg.run.seed, order=_order(cfg, index)))
+    horizon = Horizon.of(cfg.train.length, index.num_samples // cfg.continual.tasks, cfg.train.global_batch_size)
+    order = _task_order(cfg, index, decoder, horizon) if cfg.continual.tasks > 1 else _order(cfg, index)
+    samples = _probed(Samples(index, decoder, cfg.data, seed=cfg.run.seed, order=order))
     micro_batch_size = cfg.micro_batch_size(world_size)
-    horizon = Horizon.of(cfg.train.length, index.num_samples, cfg.train.global_batch_size)
     ramp = horizon.count(cfg.train.batch_ramp)
     plan = BatchPlan(cfg.train.global_batch_size, micro_batch_size, rank, world_size, cfg.data.group, ramp)
     copies = DeviceCopies(device) if device is not None and device.type == "cuda" else None
@@ -78,6 +80,35 @@ def _order(cfg: Config, index: ShardIndex) -> Order:
         lengths = np.array(index.info["lengths"])
         return BucketedOrder(index.samples_per_shard, lengths=lengths, batch=cfg.train.global_batch_size, **keys)
     return Order(index.samples_per_shard, **keys)
+
+
+def _task_order(cfg: Config, index: ShardIndex, decoder: Decoder, horizon: Horizon) -> TaskOrder:
+    """Raises UserError for a run that is too short, and for a task without samples."""
+    continual, seed = cfg.continual, cfg.run.seed
+    if horizon.steps < continual.tasks:
+        raise UserError(f"train.length = {cfg.train.length}: {horizon.steps} steps for {continual.tasks} tasks")
+    sizes = index.samples_per_shard
+    labels = Samples(index, decoder, cfg.data, seed=seed, order=DiskOrder(sizes)).labels(range(index.num_samples))
+    task_of = deal_classes(cfg.model.num_classes, continual.tasks, seed)
+    tasks = samples_of_tasks(labels, task_of)
+    for task, samples in enumerate(tasks):
+        if not len(samples):
+            raise UserError(f"continual.tasks = {continual.tasks}: {index.folder} has no samples of task {task}")
+    turns = Turns(horizon.steps, continual.tasks)
+    firsts = [turns.start(task) * cfg.train.global_batch_size for task in range(continual.tasks)]
+    kept = keep(labels, task_of, continual.memory, seed) if continual.method == "replay" else ()
+    return TaskOrder(sizes, tasks, firsts=firsts, seed=seed, kept=kept)
+
+
+def evaluations_of_tasks(
+    cfg: Config, data: DataConfig, *, batch_size: int, rank: int = 0, world_size: int = 1, share: Share = alone
+) -> list[Evaluation]:
+    """An evaluation pass over the samples of each task among the shards data.eval."""
+    keys = {"batch_size": batch_size, "rank": rank, "world_size": world_size, "share": share}
+    samples = evaluation_of(data, cfg.model, **keys).samples
+    task_of = deal_classes(cfg.model.num_classes, cfg.continual.tasks, cfg.run.seed)
+    tasks = samples_of_tasks(samples.labels(range(samples.num_samples)), task_of)
+    return [evaluation_of(data, cfg.model, chosen=chosen, **keys) for chosen in tasks]
 
 
 def _decoder(

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -118,6 +119,16 @@ class Samples(Dataset):
         """The shard of a sample of the data set, and its number in there."""
         shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
         return shard, sample - int(self.starts[shard])
+
+    def labels(self, samples: Iterable[int]) -> np.ndarray:
+        """The classes of these samples of the data set. Raises UserError for a label that is none."""
+        found = []
+        for sample in samples:
+            try:
+                found.append(int(self.reader.read(*self.place(sample), only="cls")["cls"]))
+            except (BadData, KeyError, ValueError) as error:
+                raise UserError(f"{self.folder.location}: sample {sample}: no label: {error}") from None
+        return np.array(found, dtype=np.int64)
 
     def __getitems__(self, positions: list[int]) -> Loaded:
         keys, samples, stand_ins, faults = [], [], [], []

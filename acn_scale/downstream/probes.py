@@ -12,7 +12,7 @@ from acn_scale import distributed
 from acn_scale.data.samples import Samples
 from acn_scale.downstream.image_sets import Subject
 from acn_scale.downstream.predictions import predict
-from acn_scale.errors import BadData, UserError
+from acn_scale.errors import UserError
 from acn_scale.models.base import Model
 from acn_scale.progress import bar
 from acn_scale.report.bootstrap import share_interval
@@ -85,13 +85,7 @@ def features_of(model: Model) -> Model:
 def draw(samples: Samples, per_class: int, seed: int = 0) -> np.ndarray:
     """The numbers of `per_class` samples of each class, or of all where it has fewer; the same wherever it is done.
     Raises UserError for a label that is none."""
-    places = (samples.key(position)[1:] for position in range(samples.num_samples))
-    labels = np.empty(samples.num_samples, dtype=np.int64)
-    for number, place in enumerate(bar(places, "training labels", samples.num_samples, "image")):
-        try:
-            labels[number] = int(samples.reader.read(*place, only="cls")["cls"])
-        except (BadData, KeyError, ValueError) as error:
-            raise UserError(f"{samples.folder.location}: sample {number}: no label: {error}") from None
+    labels = samples.labels(bar(range(samples.num_samples), "training labels", samples.num_samples, "image"))
     order = np.random.default_rng(seed).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
     _, sizes = np.unique(labels, return_counts=True)

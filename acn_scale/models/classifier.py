@@ -1,5 +1,6 @@
 """What the image classifiers share: embed -> trunk -> head, their loss, and their score at every depth."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,6 +10,10 @@ from acn_scale.models.trunk import Readouts
 
 class Classifier(Model):
     """Subclasses set `embed`, `trunk` and `head`."""
+
+    # (num_classes,) the task of each class, where a sample's task is known: its class is one of that task's. With a
+    # linear head that is a head for each task.
+    tasks: Tensor | None = None
 
     def __init__(self, label_smoothing: float) -> None:
         super().__init__()
@@ -26,7 +31,13 @@ class Classifier(Model):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """() mean cross-entropy."""
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(self.possible(logits, labels), labels, label_smoothing=self.label_smoothing)
+
+    def possible(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The logits in fp32, -inf for classes of other tasks."""
+        if self.tasks is None:
+            return logits.float()
+        return logits.float().masked_fill(self.tasks != self.tasks[labels][:, None], -torch.inf)
 
     def readouts(self, images: Tensor, labels: Tensor | None = None) -> Readouts:
         """The same -> logits (batch, num_classes) at each depth 0, 1, ..., in one pass.
@@ -37,7 +48,8 @@ class Classifier(Model):
 
     def score(self, logits: Tensor, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """logits: (batch, num_classes), labels: (batch,) -> "loss" and "accuracy" of each sample: (batch,)."""
+        logits = self.possible(logits, labels)
         return {
-            "loss": F.cross_entropy(logits.float(), labels, reduction="none"),
+            "loss": F.cross_entropy(logits, labels, reduction="none"),
             "accuracy": (logits.argmax(dim=-1) == labels).float(),
         }
