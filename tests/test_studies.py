@@ -22,6 +22,9 @@ from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting,
 SMALL = ["train.length=6step", "model.depth=2", "model.dim=16", "model.num_heads=2", "eval.every=3step"]
 
 
+MORE_THAN_TWINS = {"connectivity", "gradients", "continual", "training-cost"}
+
+
 def setting(folder: Path, *seeds: int, scale: str = "laptop") -> Setting:
     return Setting(scale=scale, seeds=list(seeds), data="digits", folder=folder / "runs" / "study")
 

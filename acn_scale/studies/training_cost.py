@@ -1,0 +1,166 @@
+"""What could close the gap in training: ways to train an ACN, by the time that they take to their twin's accuracy."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from matplotlib.figure import Figure
+
+from acn_scale.config import Config
+from acn_scale.data.shards import ShardIndex
+from acn_scale.durations import Horizon
+from acn_scale.runs import read_json, read_metrics, run_folder
+from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, paired, per_cent
+
+TWIN = "residual"
+ACN = "model.connectivity=acn"
+# What is changed in the run of the twin; nothing else is.
+WAYS: dict[str, tuple[str, ...]] = {
+    TWIN: (),
+    "acn": (ACN,),
+    "acn_longer": (ACN,),
+    "identity": (ACN, "model.init=identity"),  # blocks begin near the identity
+    "acn_scaled": ("model.connectivity=acn_scaled",),  # the sum weighs higher blocks less
+    "h_acn": ("model.connectivity=h_acn",),  # short connections with learned gates
+    "anneal": (ACN, "train.anneal=0.5run"),  # begins as its twin
+    "short_warmup": (ACN, "optim.warmup=0.05run"),
+    "layer_decay": (ACN, "optim.layer_decay=0.9"),  # lower rates for lower blocks
+    "cut": (ACN, "depth.cut_while_training=true"),  # dead blocks
+    "muon": (ACN, "optim.name=muon", "train.zero_stage=1"),
+    # The authors' Mixer clips gradients to 1 while they still have fp16's loss scale, 2^16 at first: Adam's eps then
+    # matters.
+    "clip_before_unscale": (ACN, f"train.clip_norm={2**-16}"),
+}
+LONGER = {"acn_longer": 1.5}
+TASKS = {
+    "vit": ("studies/vit.toml", "vit/residual_vit_b16.toml"),
+    "mixer": ("studies/mixer.toml", "mixer/residual_mixer_cifar10.toml"),
+    "bert": ("studies/bert.toml", "bert/residual_bert_base.toml"),
+}
+STEPS = {"vit": 330, "mixer": 400, "bert": 400}  # at laptop scale
+# A BERT's steps are long: at laptop scale it tries some of the ways.
+OF_BERT = (TWIN, "acn", "acn_longer", "acn_scaled", "anneal")
+DEPTH, TIME = 2 / 3, 1.1  # of the twin's: what a way may take to have closed the gap
+READINGS = 20  # evaluations in a run
+
+
+def trials(setting: Setting) -> list[Trial]:
+    """Each way on each task."""
+    found = []
+    for task, configs in TASKS.items():
+        for way, keys in WAYS.items():
+            name = f"{task}-{way}"
+            if setting.scale == "paper":
+                found.append(Trial(name, CONFIGS / configs[1], keys))
+            elif task != "bert" or way in OF_BERT:
+                every = [f"{key}={1 / READINGS}run" for key in ("eval.every", "train.log_every")]
+                length = f"train.length={round(LONGER.get(way, 1) * STEPS[task])}step"
+                values = ["model.connectivity=residual", length, *every, *keys]
+                found.append(Trial(name, CONFIGS / configs[0], values, "text" if task == "bert" else "images"))
+    return found
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A run's evaluation, by the optimizer steps and the seconds of training before it, and what it said (0..1) of full
+    depth and of two thirds of the depth that the run began with."""
+
+    steps: int
+    seconds: float
+    full: float
+    cut: float
+
+
+def readings(cfg: Config) -> list[Reading]:
+    """Of metrics.jsonl, from when the network is what it is to be (train.anneal). Seconds are of training alone, of one
+    process."""
+    found, seconds, before = [], 0.0, 0
+    steps = read_json(run_folder(cfg) / "environment.json")["steps"]
+    samples = ShardIndex.load(cfg.data.train, cfg.data.remote).num_samples
+    annealed = Horizon(samples, cfg.train.global_batch_size, steps).count(cfg.train.anneal)
+    for line in read_metrics(run_folder(cfg)):
+        step = line["step"]
+        if "speed/samples_per_second" in line:
+            seconds += (step - before) * cfg.train.global_batch_size / line["speed/samples_per_second"]
+            before = step
+        if "eval/accuracy" in line and step >= annealed:
+            depth = min(math.floor(DEPTH * cfg.model.depth), line["depth/blocks"])
+            found.append(Reading(step, seconds, line["eval/accuracy"], line[f"eval/depth_{depth:02d}/accuracy"]))
+    return found
+
+
+def reached(run: Sequence[Reading], accuracy: float) -> Reading | None:
+    """The first evaluation from which two thirds of the depth were within the tolerance of this accuracy."""
+    return next((each for each in run if each.cut >= accuracy - TOLERANCE / 100 - 1e-9), None)
+
+
+def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
+    said = ["accuracy (%)", "at two thirds of the depth (%)", "seeds that reached the twin", "steps", "wall-clock"]
+    table, closed = [["task", "way", *said]], {}
+    for name, each in runs.items():
+        task, _, way = name.partition("-")
+        mine, twins = ([readings(cfg) for cfg in part.configs] for part in paired(each, runs[f"{task}-{TWIN}"]))
+        ends = [run[-1] for run in mine]
+        row = [task, way, per_cent([end.full for end in ends]), per_cent([end.cut for end in ends])]
+        if way == TWIN:
+            table.append([*row, "", "1.00", "1.00"])
+            continue
+        pairs = [(reached(run, twin[-1].full), twin[-1]) for run, twin in zip(mine, twins, strict=True)]
+        there = [(mark, twin) for mark, twin in pairs if mark]
+        steps, clock = ([getattr(mark, of) / getattr(twin, of) for mark, twin in there] for of in ("steps", "seconds"))
+        closed[task, way] = fmean(clock) if len(there) == len(pairs) else math.inf
+        table.append([*row, f"{len(there)} of {len(pairs)}", _mean(steps), _mean(clock)])
+    return Findings(table, picture(runs), [*sentences(closed), *differences(setting)])
+
+
+def _mean(shares: Sequence[float]) -> str:
+    return f"{fmean(shares):.2f}" if shares else "-"
+
+
+def sentences(closed: Mapping[tuple[str, str], float]) -> list[str]:
+    """`closed`: of task and way, the share of the twin's wall-clock; inf where not all seeds reached its accuracy."""
+    found = []
+    for way in dict.fromkeys(way for _, way in closed):
+        shares = {task: value for (task, each), value in closed.items() if each == way}
+        within = [task for task, value in shares.items() if value <= TIME]
+        found.append((len(within), f"{way}: {', '.join(within) or 'none'} of {', '.join(shares)}."))
+    most = max(number for number, _ in found)
+    verdict = (
+        f"On two tasks a way reached its twin's accuracy in {TIME} times its wall-clock with two thirds of its depth"
+    )
+    if most < 2:
+        verdict = verdict.replace("a way", "no way")
+    return [f"{verdict}, on all seeds. Tasks on which it did:", *(line for _, line in found)]
+
+
+def differences(setting: Setting) -> list[str]:
+    said = [
+        f"To reach is to be within {TOLERANCE} points of the twin's last accuracy. Steps and wall-clock are shares of "
+        "the twin's whole run, means of the seeds that reached it; wall-clock is of training alone, beside other runs.",
+        "All have the twin's hyper-parameters. The paper's ACNs took 1.4 to 2.3 times the epochs of their twins.",
+    ]
+    if setting.scale == "laptop":
+        said.append("Here the runs are a few hundred steps of small networks; a BERT tries five of the ways.")
+    return said
+
+
+def picture(runs: Mapping[str, Runs]) -> Figure:
+    """Accuracy at two thirds of the depth over the time trained, means over seeds; the twin's at full depth dashed."""
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
+        for number, way in enumerate(WAYS):
+            if each := runs.get(f"{task}-{way}"):
+                columns = list(zip(*(readings(cfg) for cfg in each.configs), strict=True))
+                value = "full" if way == TWIN else "cut"
+                heights = [100 * fmean(getattr(reading, value) for reading in column) for column in columns]
+                times = [fmean(reading.seconds for reading in column) for column in columns]
+                style = {"linestyle": "--", "color": "black"} if way == TWIN else {"color": f"C{number % 10}"}
+                axes.plot(times, heights, label=way, linewidth=1, marker="." if number > 10 else None, **style)
+        axes.set(title=task, xlabel="training (s)", ylabel="accuracy at two thirds of the depth (%)")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="x-small")
+    return figure
+
+
+STUDIES = {"training-cost": Study("ways to train an ACN, by the time to the twin's accuracy", trials, findings)}
