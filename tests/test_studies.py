@@ -15,7 +15,7 @@ from acn_scale.depth import cutoff
 from acn_scale.early_exit import Readings
 from acn_scale.errors import UserError
 from acn_scale.runs import read_metrics, run_folder
-from acn_scale.studies import STUDIES, depth, early_exit, low_data, pruning, runner, transfer
+from acn_scale.studies import STUDIES, depth, early_exit, low_data, pruning, runner, training_cost, transfer
 from acn_scale.studies.runner import reproduce
 from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, per_cent
 
@@ -81,9 +81,7 @@ def config_of(trial: Trial, here: Setting) -> Config:
     return trial.config_of(0, here, [])
 
 
-@pytest.mark.parametrize(
-    "name", STUDIES.keys() - {"connectivity", "gradients", "continual"}
-)  # which have more than twins
+@pytest.mark.parametrize("name", sorted(STUDIES.keys() - MORE_THAN_TWINS))
 @pytest.mark.parametrize("scale", ["laptop", "paper"])
 def test_twins_differ_in_one_thing(tmp_path: Path, name: str, scale: str) -> None:
     """At laptop scale in the connectivity alone; the paper trains its ACNs longer."""
@@ -192,6 +190,44 @@ def test_what_is_said_of_transfer(tmp_path: Path) -> None:
     assert [row[2] for row in found.table[1:3]] == ["70.0 ± 28.3", "70.0 ± 14.1"]
     for name, said in {"residual": "1 of 2 seeds, by +0.0", "aligned": "2 of 2", "layerskip": "1 of 1"}.items():
         assert any(f"than {name} on {said}" in sentence for sentence in found.sentences), name
+
+
+def test_what_is_said_of_training_cost(tmp_path: Path, digits: Path) -> None:
+    """By what was read out at two thirds of the depth, and the seconds of training before it."""
+    here = setting(tmp_path, 0, 1)
+
+    def run(speed: float, *cut: float, full: float = 0.9, blocks: int = 12) -> list[dict[str, float]]:
+        """An evaluation each 10 steps of 64 samples."""
+        lines = []
+        for step, accuracy in enumerate(cut, 1):
+            lines.append({"step": 10 * step, "speed/samples_per_second": speed})
+            depth = {f"eval/depth_{min(8, blocks):02d}/accuracy": accuracy}
+            lines.append({"step": 10 * step, "eval/accuracy": full, "depth/blocks": blocks} | depth)
+        return lines
+
+    runs = {}
+    for task in ("vit", "mixer"):
+        runs[f"{task}-residual"] = written(here, f"{task}-residual", *2 * [run(64.0, 0.1, 0.2, 0.3, 0.4)])
+        runs[f"{task}-acn"] = written(here, f"{task}-acn", run(32.0, 0.5, 0.896, 0.9), run(64.0, 0.5, 0.8, 0.9))
+    runs["vit-cut"] = written(here, "vit-cut", *2 * [run(64.0, 0.1, 0.9, blocks=4)])
+    runs["mixer-cut"] = written(here, "mixer-cut", run(64.0, 0.1, 0.8), run(64.0, 0.9, 0.8))
+    for each in runs.values():
+        for cfg in each.configs:
+            cfg.data.__dict__["train"] = str(digits / "train")
+            (run_folder(cfg) / "environment.json").write_text('{"steps": 40}')
+    found = training_cost.findings(runs, here)
+    rows = {(row[0], row[1]): row[2:] for row in found.table[1:]}
+    assert rows["vit", "residual"] == ["90.0 ± 0.0", "40.0 ± 0.0", "", "1.00", "1.00"]
+    assert rows["vit", "acn"][2:] == ["2 of 2", "0.62", "0.88"]  # 20 and 30 of 40 steps; 40 and 30 of 40 seconds
+    assert rows["vit", "cut"][2:] == ["2 of 2", "0.50", "0.50"]
+    assert rows["mixer", "cut"][2:] == ["1 of 2", "0.25", "0.25"]
+    said = "\n".join(found.sentences)
+    assert "On two tasks a way reached" in said
+    assert "acn: vit, mixer of vit, mixer." in said and "cut: vit of vit, mixer." in said
+    for name in ("vit-acn", "mixer-acn"):
+        for cfg in runs[name].configs:
+            cfg.train.__dict__["anneal"] = "30step"  # before that it is no ACN
+    assert "no way reached" in training_cost.findings(runs, here).sentences[0]
 
 
 def test_ways_to_read_out() -> None:
