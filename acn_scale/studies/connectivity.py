@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from acn_scale.config import Config
 from acn_scale.memory import memory
-from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, per_cent, spread
+from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, paired, per_cent, spread
 
 # The formula of each, with its source, is in models/connectivity.py; of stochastic depth in models/layers.py.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -70,8 +70,8 @@ def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
 
 
 def sentences(runs: Mapping[str, Runs]) -> list[str]:
-    acn, twin = runs["acn"], runs["residual"]
-    pairs = list(zip(acn.cutoffs, twin.cutoffs, strict=False))
+    acn, twin = paired(runs["acn"], runs["residual"])
+    pairs = list(zip(acn.cutoffs, twin.cutoffs, strict=True))
     below = sum(one < other for one, other in pairs)
     gap = 100 * (acn.mean_accuracy[-1] - twin.mean_accuracy[-1])
     most = max(runs, key=lambda name: runs[name].mean_accuracy[-1])

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from acn_scale.continual import Retention, read_retention
 from acn_scale.data.image_sources import open_images
 from acn_scale.runs import run_folder
-from acn_scale.studies.study import CONFIGS, Findings, Runs, Setting, Study, Trial, per_cent
+from acn_scale.studies.study import CONFIGS, Findings, Runs, Setting, Study, Trial, paired, per_cent
 
 TWINS = {"acn": "ac", "residual": "residual"}
 DEPTHS = (5, 10, 15)
@@ -48,7 +48,7 @@ def trials(setting: Setting) -> list[Trial]:
 
 def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
     """What is known at the end, what was forgotten, and whether an ACN forgets less than its twin on each seed."""
-    kept = {name: [read_retention(run_folder(cfg)) for cfg in each.configs] for name, each in runs.items()}
+    kept = {name: _retentions(each) for name, each in runs.items()}
     head = ["network", "method", "L", "average accuracy (%)", "average forgetting (points)", "when learnt (%)"]
     table = [[*head, "published accuracy", "published forgetting"]]
     for name, each in kept.items():
@@ -56,8 +56,8 @@ def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
         published = PUBLISHED.get(f"{twin}-{method}", ())[2 * DEPTHS.index(int(depth)) :][:2] or ("", "")
         ours = [[one.accuracy for one in each], [one.forgetting for one in each], [fmean(one.learnt) for one in each]]
         table.append([twin, method, depth, *map(per_cent, ours), *published])
-    sentences = [_compared(name, kept) for name in kept if name.startswith("acn")]
-    sentences += [_helped(name, kept) for name in kept if "-naive-" in name]
+    sentences = [_compared(name, runs) for name in runs if name.startswith("acn")]
+    sentences += [_helped(name, runs) for name in runs if "-naive-" in name]
     sentences.append("Forgetting is the fall of a task's accuracy since it was learnt, averaged over all tasks.")
     sentences.append(
         "SI has strength 1, and damping 0.1, which the paper does not state; EWC has strength 1000 and the Fisher "
@@ -72,9 +72,18 @@ def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
     return Findings(table, _figure(kept), sentences)
 
 
-def _compared(name: str, kept: Mapping[str, list[Retention]]) -> str:
+def _retentions(runs: Runs) -> list[Retention]:
+    return [read_retention(run_folder(cfg)) for cfg in runs.configs]
+
+
+def _pairs(one: Runs, other: Runs) -> list[tuple[Retention, Retention]]:
+    """By seed."""
+    return list(zip(*map(_retentions, paired(one, other)), strict=True))
+
+
+def _compared(name: str, runs: Mapping[str, Runs]) -> str:
     _, method, depth = name.split("-")
-    pairs = list(zip(kept[name], kept[name.replace("acn", "residual")], strict=False))
+    pairs = _pairs(runs[name], runs[name.replace("acn", "residual")])
     below = sum(acn.forgetting < twin.forgetting for acn, twin in pairs)
     gap = 100 * fmean(acn.forgetting - twin.forgetting for acn, twin in pairs)
     learnt = 100 * fmean(fmean(acn.learnt) - fmean(twin.learnt) for acn, twin in pairs)
@@ -85,10 +94,10 @@ def _compared(name: str, kept: Mapping[str, list[Retention]]) -> str:
     )
 
 
-def _helped(name: str, kept: Mapping[str, list[Retention]]) -> str:
+def _helped(name: str, runs: Mapping[str, Runs]) -> str:
     """What SI changes; with its damping well above the squared way of a weight, that can be little."""
     twin, _, depth = name.split("-")
-    pairs = zip(kept[name], kept[f"{twin}-si-{depth}"], strict=False)
+    pairs = _pairs(runs[name], runs[f"{twin}-si-{depth}"])
     gain = 100 * fmean(naive.forgetting - si.forgetting for naive, si in pairs)
     return f"{twin} at L = {depth}: SI takes {gain:.1f} points off what is forgotten without it."
 

@@ -17,7 +17,7 @@ from acn_scale.convert.sources import read_model
 from acn_scale.data import build_evaluation
 from acn_scale.gradients import Line, backward_paths, line_gradients, split_gradients
 from acn_scale.runs import read_json, run_folder, write_json
-from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, per_cent, spread
+from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, paired, per_cent, spread
 
 PATTERNS = ("feedforward", "residual", "acn", "acn_detached")
 SPLITS = "gradients.json"  # in a run's folder
@@ -96,11 +96,12 @@ def sentences(runs: Mapping[str, Runs]) -> list[str]:
         for name, each in runs.items()
     ]
     half = runs["acn"].configs[0].model.depth // 2
-    ours, other = (direct_shares(runs[name])[:, :, :half].mean(axis=(1, 2)) for name in ("acn", "residual"))
-    above = sum(one > two for one, two in zip(ours, other, strict=False))
+    twins = paired(runs["acn"], runs["residual"])
+    ours, other = (direct_shares(each)[:, :, :half].mean(axis=(1, 2)) for each in twins)
+    above = sum(one > two for one, two in zip(ours, other, strict=True))
     said.append(
         f"In the first half of the blocks, direct / all is {ours.mean():.2f} in the ACN and {other.mean():.2f} in its "
-        f"residual twin; the ACN's is higher on {above} of {min(len(ours), len(other))} seeds."
+        f"residual twin; the ACN's is higher on {above} of {len(ours)} seeds."
     )
     return said
 

@@ -13,7 +13,7 @@ from acn_scale.downstream.image_sets import ImageSet, open_subject
 from acn_scale.downstream.noise_table import HEAD, ON, PUBLISHED, accuracy_under_noise
 from acn_scale.runs import run_folder
 from acn_scale.studies.depth import TWINS, twins
-from acn_scale.studies.study import TOLERANCE, Findings, Runs, Setting, Study, per_cent
+from acn_scale.studies.study import TOLERANCE, Findings, Runs, Setting, Study, paired, per_cent
 
 KINDS = ("gaussian", "salt_pepper")
 
@@ -33,14 +33,18 @@ def by_depth(cfg: Config) -> list[list[float]]:
 
 def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
     table = [["top-1 (%)", "blocks", *HEAD]]
-    measured = {name: [by_depth(cfg) for cfg in each.configs] for name, each in runs.items()}
+    measured, alike = _by_depth(runs), dict(zip(runs, paired(*runs.values()), strict=True))
     for name, each in runs.items():
         blocks = len(each.accuracy[0]) - 1
         for place, depth in enumerate((str(blocks), f"cut-off, {fmean(each.cutoffs):.1f} of {blocks}")):
             columns = zip(*(seed[place] for seed in measured[name]), strict=True)
             table.append([name, depth, *map(per_cent, columns)])
     table += [[name, "", *(f"{value:.2f}" for value in values)] for name, values in PUBLISHED.items()]
-    return Findings(table, picture(measured), [*sentences(measured), *differences(setting)])
+    return Findings(table, picture(measured), [*sentences(_by_depth(alike)), *differences(setting)])
+
+
+def _by_depth(runs: Mapping[str, Runs]) -> dict[str, list[list[list[float]]]]:
+    return {name: [by_depth(cfg) for cfg in each.configs] for name, each in runs.items()}
 
 
 def losses(curve: Sequence[float]) -> list[float]:
@@ -49,12 +53,12 @@ def losses(curve: Sequence[float]) -> list[float]:
 
 
 def sentences(measured: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> list[str]:
-    """At full depth: what noise takes, the mean of the six."""
+    """At full depth: what noise takes, the mean of the six. `measured`: of the same seeds of both networks."""
     acn, twin = ([fmean(losses(full)) for full, _ in measured[name]] for name in TWINS)
-    less = sum(one < other for one, other in zip(acn, twin, strict=False))
+    less = sum(one < other for one, other in zip(acn, twin, strict=True))
     said = [
         f"The mean loss under the six noises is {fmean(acn):.1f} points in the ACN and {fmean(twin):.1f} in its "
-        f"residual twin, at full depth; the ACN's is smaller on {less} of {min(len(acn), len(twin))} seeds."
+        f"residual twin, at full depth; the ACN's is smaller on {less} of {len(acn)} seeds."
     ]
     paper = [
         fmean(losses([value / 100 for value in PUBLISHED[f"{name}, published"]])) for name in ("AC-ViT", "Res-ViT")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import Literal
 
 from matplotlib.figure import Figure
@@ -114,10 +114,6 @@ class Runs:
             lines = read_metrics(run_folder(cfg))
             found.append([(line["step"] / steps, line[metric]) for line in lines if metric in line])
         return found
-
-    def median(self, metric: str) -> list[float]:
-        """Over each run."""
-        return [median(values) for values in self.series(metric)]
 
 
 def paired(*runs: Runs) -> list[Runs]:
