@@ -11,17 +11,18 @@ from networks import mixer, same
 from pydantic import ValidationError
 from test_models import randomize
 from test_pretrain import measured, named, refused, run, run_until
+from test_studies import setting, written
 from torch import Tensor, nn
 
 from acn_scale.config import Config
-from acn_scale.continual import ElasticWeights, Retention, SynapticIntelligence, fisher, read_retention
+from acn_scale.continual import ElasticWeights, SynapticIntelligence, fisher, read_retention
 from acn_scale.convert import read_model
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.sequence import Turns, deal_classes
 from acn_scale.models import build_model
 from acn_scale.runs import run_folder
 from acn_scale.studies import continual as study
-from acn_scale.studies.study import Runs, Setting, per_cent
+from acn_scale.studies.study import Runs, per_cent
 
 TASKS = {"continual": {"tasks": 5}}
 
@@ -279,17 +280,17 @@ def test_mistakes(one_rank: Callable, vit: Callable[..., Config]) -> None:
     assert "train.length = 4step: 4 steps for 5 tasks" in one_rank(refused, vit(train={"length": "4step"}, **TASKS))[0]
 
 
-def test_what_the_study_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_the_study_says(tmp_path: Path) -> None:
     """The table is of the runs; of forgetting, whether the ACN's is less or not."""
-    kept = {
-        "acn-si-15": [Retention([0.9, 0.8], [0.7, 0.8])] * 2,
-        "residual-si-15": [Retention([0.9, 0.9], [0.5, 0.9])] * 2,
-    }
-    kept |= {"acn-naive-15": kept["residual-si-15"], "residual-naive-15": kept["acn-si-15"]}
-    monkeypatch.setattr(study, "read_retention", lambda folder: folder)
-    monkeypatch.setattr(study, "run_folder", lambda cfg: cfg)
-    setting = Setting(scale="laptop", seeds=[0, 1], data="digits", folder=tmp_path)
-    found = study.findings({name: Runs(each) for name, each in kept.items()}, setting)
+    here, (first, second) = setting(tmp_path, 0, 1), ("continual/task_00/accuracy", "continual/task_01/accuracy")
+
+    def runs(name: str, learnt: list[float], final: list[float]) -> Runs:
+        lines = [{"step": 1, first: learnt[0]}, {"step": 2, first: final[0], second: learnt[1]}]
+        return written(here, name, lines, lines)
+
+    less, more = ([0.9, 0.8], [0.7, 0.8]), ([0.9, 0.9], [0.5, 0.9])
+    kept = {"acn-si-15": less, "residual-si-15": more, "acn-naive-15": more, "residual-naive-15": less}
+    found = study.findings({name: runs(name, *each) for name, each in kept.items()}, here)
     rows = {"-".join(row[:3]): row[3:] for row in found.table[1:]}
     assert rows["acn-si-15"] == ["75.0 ± 0.0", "10.0 ± 0.0", "85.0 ± 0.0", "46.2 ± 0.8", "32 ± 1.8"]
     assert rows["residual-naive-15"][1] == per_cent([0.1, 0.1])
