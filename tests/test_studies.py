@@ -217,12 +217,13 @@ def test_what_is_said_of_training_cost(tmp_path: Path, digits: Path) -> None:
             (run_folder(cfg) / "environment.json").write_text('{"steps": 40}')
     found = training_cost.findings(runs, here)
     rows = {(row[0], row[1]): row[2:] for row in found.table[1:]}
-    assert rows["vit", "residual"] == ["90.0 ± 0.0", "40.0 ± 0.0", "", "1.00", "1.00"]
+    assert rows["vit", "residual"] == ["90.0 ± 0.0", "40.0 ± 0.0", "0 of 2", "-", "-"]
     assert rows["vit", "acn"][2:] == ["2 of 2", "0.62", "0.88"]  # 20 and 30 of 40 steps; 40 and 30 of 40 seconds
     assert rows["vit", "cut"][2:] == ["2 of 2", "0.50", "0.50"]
     assert rows["mixer", "cut"][2:] == ["1 of 2", "0.25", "0.25"]
     said = "\n".join(found.sentences)
     assert "On two tasks a way reached" in said
+    assert "as near to its full depth on: none of vit, mixer." in said
     assert "acn: vit, mixer of vit, mixer." in said and "cut: vit of vit, mixer." in said
     for name in ("vit-acn", "mixer-acn"):
         for cfg in runs[name].configs:
