@@ -140,6 +140,24 @@ def test_the_page_needs_nothing_else(report: tuple) -> None:
     assert "://" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", html)
 
 
+def test_noise_side_by_side(twins: list[Path], tmp_path: Path) -> None:
+    """A column for each noise, of each task's first metric."""
+    folder = tmp_path / "run"
+    shutil.copytree(twins[0], folder)
+    (folder / "eval").mkdir()
+    for number, task in enumerate(("shapes", "shapes+gaussian_0.1", "shapes+salt_pepper_0.1", "other")):
+        lines = [{"task": task, "metric": metric, "value": number + depth / 8 + extra, "depth": depth}
+                 for metric, extra in (("accuracy", 0), ("loss", 50)) for depth in range(4)]  # fmt: skip
+        (folder / "eval" / f"{task}.json").write_text(json.dumps(lines))
+    depth_report([folder], tolerance=100)
+    html = (folder / "report" / "report.html").read_text()
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)<", html[html.index("Under noise") :])
+    first = cells.index("shapes")
+    assert cells[first : first + 5] == ["shapes", "depth", "no noise", "gaussian_0.1", "salt_pepper_0.1"]
+    assert cells[first + 5 : first + 10] == ["run", "0", "0", "1", "2"]
+    assert ["run", "3", "0.375", "1.375", "2.375"] in [cells[place : place + 5] for place in range(first, first + 30)]
+
+
 def test_what_comes_from_files_is_escaped(twins: list[Path], tmp_path: Path) -> None:
     evil = '"><script>alert(1)<'
     folder = tmp_path / evil

@@ -204,8 +204,33 @@ def _measurements(networks: Sequence[dict[str, Any]]) -> Iterator[str]:
         if rows[True] or rows[False]:
             others = f"<details><summary>At other depths</summary>{table(head, rows[False], texts=4)}</details>"
             text = "From eval/ in the network's folder, at full depth and the cut-offs."
-            parts = [table(head, rows[True], texts=4)] * bool(rows[True]) + [others] * bool(rows[False])
-            yield section(title, text, *parts)
+            overview = list(_under_noise(networks)) if noisy else []
+            listed = table(head, rows[True], texts=4)
+            if overview:
+                listed = f"<details><summary>All metrics, with intervals</summary>{listed}</details>"
+            parts = [listed] * bool(rows[True]) + [others] * bool(rows[False])
+            yield section(title, text, *overview, *parts)
+
+
+def _under_noise(networks: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """For each data set a table: the first metric of a task, without noise and under each, which is what its name has
+    behind a plus."""
+    values: dict[tuple[str, str, int, str], str] = {}  # of network, data set, depth and noise
+    for net in networks:
+        metrics: dict[str, str] = {}
+        for line in net.get("measurements", []):
+            if metrics.setdefault(line["task"], line["metric"]) == line["metric"] and line["depth"] is not None:
+                data, _, noise = line["task"].partition("+")
+                values[net["name"], data, line["depth"], noise] = f"{line['value']:.4g}"
+    for data in dict.fromkeys(data for _, data, _, noise in values if noise):
+        noises = sorted({noise for _, of, _, noise in values if of == data})
+        rows = []
+        for net in networks:
+            for depth in sorted({net["depth"], *(cut["depth"] for cut in net["cutoffs"])}):
+                cells = [values.get((net["name"], data, depth, noise), DASH) for noise in noises]
+                if set(cells) != {DASH}:
+                    rows.append([escape(cell) for cell in (net["name"], str(depth), *cells)])
+        yield table([escape(name) for name in (data, "depth", *(noise or "no noise" for noise in noises))], rows)
 
 
 def _measurement_cells(line: dict[str, Any]) -> list[str]:
