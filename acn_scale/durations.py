@@ -25,6 +25,17 @@ Duration = Annotated[str, AfterValidator(_duration)]
 Length = Annotated[Duration, AfterValidator(_length)]
 
 
+def lengthened(length: Length, times: float) -> Length:
+    """300ep -> 450.0ep, for 1.5 times."""
+    number, unit = _parts(length)
+    return f"{round(times * number, 3)}{unit}"
+
+
+def _parts(duration: Duration) -> tuple[float, str]:
+    number, unit = re.fullmatch(r"([\d.]+)(ep|step|run)", duration).groups()
+    return float(number), unit
+
+
 @dataclass(frozen=True)
 class Horizon:
     """Turns durations into optimizer steps: `steps` is the whole run's length."""
@@ -43,6 +54,6 @@ class Horizon:
 
     def count(self, duration: Duration) -> int:
         """Steps in `duration`, rounded to the nearest."""
-        number, unit = re.fullmatch(r"([\d.]+)(ep|step|run)", duration).groups()
+        number, unit = _parts(duration)
         steps_per_unit = {"ep": self.samples_per_epoch / self.global_batch_size, "step": 1, "run": self.steps}
-        return round(float(number) * steps_per_unit[unit])
+        return round(number * steps_per_unit[unit])

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from test_models import batch_for
 
 from acn_scale.benchmark import work
 from acn_scale.benchmark.finetuning import pydoc_sentences
+from acn_scale.benchmark.groups import Inputs, measure
 from acn_scale.benchmark.rows import in_turns, row, save, table
 from acn_scale.benchmark.sides import Side
 from acn_scale.benchmark.trainer import sentences
@@ -108,6 +110,20 @@ def test_both_fine_tune_on_the_same_sentences(tmp_path: Path) -> None:
     theirs = [(row["input_ids"], row["labels"]) for row in sentences(tmp_path / "train", peer, model.max_tokens).rows]
     assert sorted(ours) == sorted(theirs)
     assert len({len(ids) for ids, _ in theirs}) > 3 and {label for _, label in theirs} == {0, 1}
+
+
+def test_what_a_group_lacks_is_said_before_it_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "SST-2").mkdir()
+    nothing = Inputs(None, None, None, (tmp_path, tmp_path), None)
+    for group, mistake, message in (
+        ("data", {"mosaicml": tmp_path / "python"}, "--mosaicml .*python: No such file"),
+        ("data", {"mosaicml": Path("/bin/false")}, "--mosaicml /bin/false: cannot import streaming"),
+        ("loop", {"glue": tmp_path / "nowhere"}, "nowhere/SST-2: no such folder"),
+        ("loop", {"glue": tmp_path}, "--glue .*: has no SST-2/train.tsv"),
+        ("inference", {"runs": (tmp_path / "a", tmp_path / "b")}, "a: no such run"),
+    ):
+        with pytest.raises(UserError, match=message):
+            measure([group], replace(nothing, **mistake), rounds=1, threads=None)
 
 
 def test_freed_memory_is_kept() -> None:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from acn_scale.config import Config
 from acn_scale.depth import cutoff
+from acn_scale.durations import Horizon
 from acn_scale.early_exit import Readings
 from acn_scale.errors import UserError
 from acn_scale.runs import read_metrics, run_folder
@@ -81,6 +82,32 @@ def config_of(trial: Trial, here: Setting) -> Config:
     return trial.config_of(0, here, [])
 
 
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+def test_every_trial_is_a_run(tmp_path: Path, name: str, scale: str) -> None:
+    """With a config that holds and a folder of its own; one that starts from another's run comes after a known one."""
+    here = setting(tmp_path, 0, scale=scale)
+    trials = {trial.name: trial for trial in STUDIES[name].trials(here)}
+    assert len(trials) == len(STUDIES[name].trials(here))
+    # A recipe takes its model from the run it starts from, which is not there.
+    configs = [config_of(trial, here) for trial in trials.values() if not (trial.after and scale == "paper")]
+    assert len({str(run_folder(cfg)) for cfg in configs}) == len(configs)
+    assert {trial.after for trial in trials.values()} <= trials.keys() | {None}
+
+
+def test_longer_is_longer(tmp_path: Path) -> None:
+    """Than its plain twin, whatever the unit of the config's length is."""
+    for scale in ("laptop", "paper"):
+        here = setting(tmp_path, 0, scale=scale)
+        trials = {trial.name: trial for trial in STUDIES["training-cost"].trials(here)}
+        for task in training_cost.TASKS:
+            steps = [
+                Horizon.of(config_of(trials[f"{task}-{way}"], here).train.length, 1000, 10).steps
+                for way in ("acn", "acn_longer")
+            ]
+            assert steps[1] == 1.5 * steps[0]
+
+
 @pytest.mark.parametrize("name", sorted(STUDIES.keys() - MORE_THAN_TWINS))
 @pytest.mark.parametrize("scale", ["laptop", "paper"])
 def test_twins_differ_in_one_thing(tmp_path: Path, name: str, scale: str) -> None:
@@ -98,7 +125,6 @@ def test_twins_differ_in_one_thing(tmp_path: Path, name: str, scale: str) -> Non
             start = cfg.train.init_from and cfg.train.init_from.replace("acn", "residual")
             train = cfg.train.model_copy(update={"init_from": start})
             assert (cfg.data, cfg.optim, train, cfg.early_exit) == (twin.data, twin.optim, twin.train, twin.early_exit)
-    assert len({str(run_folder(cfg)) for cfg in configs.values()}) == len(configs)
 
 
 def written(here: Setting, name: str, *runs: list[dict[str, float]], train: Path = Path("shards")) -> Runs:
@@ -165,7 +191,7 @@ def test_what_is_said_of_low_data(tmp_path: Path, digits: Path) -> None:
 
     acn = written(here, "acn", lines(0.9, 0.5, 0.1), lines(0.9, 0.8, 0.7), train=digits / "train")
     twin = written(here, "residual", lines(0.9, 0.8, 0.5), lines(0.9, 0.3, 0.4), train=digits / "train")
-    found = low_data.findings_of({"acn": acn, "residual": twin}, here)
+    found = low_data.findings({"acn": acn, "residual": twin}, here)
     head, *rows = found.table
     said = [dict(zip(head, row, strict=True)) for row in rows]
     assert [row["lowest test loss"] for row in said] == ["0.4000 ± 0.4243", "0.4000 ± 0.1414"]
@@ -186,7 +212,7 @@ def test_what_is_said_of_transfer(tmp_path: Path) -> None:
         runs[name] = written(here, name, read_out([0.1, first]), read_out([0.1, second]))
         runs[f"{name}-source"] = written(here, f"{name}-source", read_out([0.1, 0.7]), read_out([0.1, 0.7]))
     runs["layerskip"] = Runs(runs["layerskip"].configs[1:])
-    found = transfer.findings_of(runs, here)
+    found = transfer.findings(runs, here)
     assert [row[2] for row in found.table[1:3]] == ["70.0 ± 28.3", "70.0 ± 14.1"]
     for name, said in {"residual": "1 of 2 seeds, by +0.0", "aligned": "2 of 2", "layerskip": "1 of 1"}.items():
         assert any(f"than {name} on {said}" in sentence for sentence in found.sentences), name
@@ -280,7 +306,7 @@ def test_what_is_read_off_networks(tmp_path: Path) -> None:
         assert said[name, pruning.MOVEMENT]["95 % zero"] == f"{100 * last:.1f}"
         assert said[name, pruning.CUT]["blocks"] == f"{max(1, kept[name].cutoffs[0])}.0"
     runs = {f"{name}{kind}": kept[name] for name in ("acn", "residual") for kind in ("", "-shared")}
-    found = early_exit.findings_of(runs, here)
+    found = early_exit.findings(runs, here)
     for name, way, accuracy, depths, speed, _ in found.table[1:]:
         curve = kept[name.removesuffix("-shared")].accuracy[0]
         if way == early_exit.FULL:

@@ -218,22 +218,22 @@ def resuming(folder: Path, mosaicml_python: Path | None, rounds: int) -> list[Ro
 
         return measure
 
-    def theirs() -> float:
+    def by_webdataset() -> float:
         start = time.perf_counter()
         pipeline = iter(webdataset.WebDataset(names, shardshuffle=200).shuffle(4096).batched(batch, collation_fn=None))
         for _ in range(samples // batch + 1):
             next(pipeline)
         return time.perf_counter() - start
 
-    contenders = {"ours": ours(samples), "our fresh start": ours(0), "webdataset, skipping": theirs}
+    contenders = {"ours": ours(samples), "our fresh start": ours(0), "webdataset, skipping": by_webdataset}
     with contextlib.ExitStack() as stack:
         if mosaicml_python:
             sizes = [shards, records, size, batch, samples]
-            theirs = _resumed_by_mosaicml(mosaicml_python, folder / "mds", sizes)
-            contenders["MosaicML streaming"] = stack.enter_context(theirs)
+            peer = _resumed_by_mosaicml(mosaicml_python, folder / "mds", sizes)
+            contenders["MosaicML streaming"] = stack.enter_context(peer)
         figures = in_turns(contenders, rounds)
     work, mine = "first batch when resumed at 90 % of 200 shards", figures.pop("ours")
-    return [row(work, peer, "s", mine, theirs, more_is_better=False) for peer, theirs in figures.items()]
+    return [row(work, peer, "s", mine, seconds, more_is_better=False) for peer, seconds in figures.items()]
 
 
 @contextlib.contextmanager
@@ -242,11 +242,15 @@ def _resumed_by_mosaicml(python: Path, folder: Path, sizes: list[int]) -> Iterat
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
         def measure() -> float:
-            print(file=process.stdin, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # it has ended, as is seen below
+                print(file=process.stdin, flush=True)
             for line in process.stdout:  # the library prints there too
                 if line.startswith(mosaicml.MARK):
                     return float(line.removeprefix(mosaicml.MARK))
             raise UserError(f"--mosaicml {python}: its process has ended; what it wrote says why")
 
-        yield measure
-        process.stdin.close()
+        try:
+            yield measure
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()

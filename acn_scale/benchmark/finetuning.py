@@ -30,7 +30,7 @@ def finetuning(text: Path | None, glue: Path | None, rounds: int, scale: work.Sc
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = text or work.pydoc_shards(folder / "text", scale.encoder.max_tokens)
-        rows = _official(glue) if glue else pydoc_sentences(SENTENCES)
+        rows = official_sentences(glue) if glue else pydoc_sentences(SENTENCES)
         for split in ("train", "eval"):
             write_split(folder / split, rows, {"task": TASK, "split": split, "classes": TASKS[TASK].labels})
         peer = work.write_peer("hf", scale.encoder, folder / "peer", shards)
@@ -45,7 +45,8 @@ def finetuning(text: Path | None, glue: Path | None, rounds: int, scale: work.Sc
         return seconds_beside(f"{work_of} batch {BATCH}", "Transformers Trainer", sides, rounds)
 
 
-def _official(folder: Path) -> Sequence[glue_sources.Row]:
+def official_sentences(folder: Path) -> Sequence[glue_sources.Row]:
+    """The first of SST-2. Raises UserError."""
     lines = glue_sources.read_split(f"tsv:{folder}", TASK, TASKS[TASK], "train")
     if lines is None:
         raise UserError(f"--glue {folder}: has no {TASKS[TASK].folder}/{TASKS[TASK].splits['train']}")

@@ -1,5 +1,6 @@
 """The groups of rows by name. What a group needs is looked for before the first is measured."""
 
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,12 @@ def measure(groups: Sequence[str], inputs: Inputs, rounds: int, threads: int | N
         torch.set_num_threads(threads)
     for group in groups:
         need(*PEERS[group])
+    if inputs.glue and "loop" in groups:
+        from acn_scale.benchmark.finetuning import official_sentences
+
+        official_sentences(inputs.glue)
+    if inputs.mosaicml and "data" in groups:
+        _check_mosaicml(inputs.mosaicml)
     if "inference" in groups:
         for run in inputs.runs:
             if not run.is_dir():
@@ -50,9 +57,17 @@ def measure(groups: Sequence[str], inputs: Inputs, rounds: int, threads: int | N
     return rows
 
 
+def _check_mosaicml(python: Path) -> None:
+    try:
+        found = subprocess.run([python, "-c", "import streaming"], capture_output=True).returncode == 0
+    except OSError as error:
+        raise UserError(f"--mosaicml {python}: {error.strerror}") from None
+    if not found:
+        raise UserError(f"--mosaicml {python}: cannot import streaming; pip install mosaicml-streaming for it")
+
+
 def _rows(group: str, inputs: Inputs, rounds: int) -> list[Row]:
     """Imports what the group needs, and no more."""
-    here = scale(local_device())
     match group:
         case "data":
             from acn_scale.benchmark.data import data_rows
@@ -68,14 +83,15 @@ def _rows(group: str, inputs: Inputs, rounds: int) -> list[Row]:
         case "model":
             from acn_scale.benchmark.model import model_rows
 
-            return model_rows(inputs.text, rounds, here)
+            return model_rows(inputs.text, rounds, scale(local_device()))
         case "loop":
             from acn_scale.benchmark.finetuning import finetuning
             from acn_scale.benchmark.loop import loop_rows
 
+            here = scale(local_device())
             return [*loop_rows(inputs.text, rounds, here), finetuning(inputs.text, inputs.glue, rounds, here)]
         case "checkpoint":
             from acn_scale.benchmark.checkpoint import checkpoint_rows
 
-            return checkpoint_rows(inputs.text, rounds, here)
+            return checkpoint_rows(inputs.text, rounds, scale(local_device()))
     raise AssertionError(group)

@@ -101,18 +101,19 @@ def pydoc_shards(folder: Path, tokens: int) -> Path:
 
 def sentences_of(shards: Path) -> Iterator[dict[str, Any]]:
     """The rows of a folder of shards of sentences: texts, label."""
-    from webdataset import WebDataset
-
-    files = sorted(str(path) for path in shards.glob("*.tar"))
-    return (record["json"] for record in WebDataset(files, shardshuffle=False).decode())
+    return (record["json"] for record in _records(shards))
 
 
 def tokens_of(shards: Path) -> Iterator[np.ndarray]:
     """The sequences of a folder of text shards, without masks."""
+    return (row for record in _records(shards) for row in record["npy"])
+
+
+def _records(shards: Path) -> Iterator[dict[str, Any]]:
     from webdataset import WebDataset
 
     files = sorted(str(path) for path in shards.glob("*.tar"))
-    return (row for record in WebDataset(files, shardshuffle=False).decode() for row in record["npy"])
+    yield from WebDataset(files, shardshuffle=False).decode()
 
 
 def write_peer(to: str, model: ModelConfig, folder: Path, shards: Path | None = None) -> Path:

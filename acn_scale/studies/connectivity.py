@@ -4,12 +4,24 @@ from collections.abc import Mapping
 from statistics import fmean
 
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from acn_scale.config import Config
 from acn_scale.memory import memory
-from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, paired, per_cent, spread
+from acn_scale.studies.pictures import label
+from acn_scale.studies.study import (
+    CONFIGS,
+    TOLERANCE,
+    Findings,
+    Runs,
+    Setting,
+    Study,
+    Trial,
+    difference,
+    paired,
+    per_cent,
+    spread,
+)
 
 # The formula of each, with its source, is in models/connectivity.py; of stochastic depth in models/layers.py.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -79,7 +91,7 @@ def sentences(runs: Mapping[str, Runs]) -> list[str]:
     lowest = min(near, key=lambda name: fmean(runs[name].cutoffs))
     return [
         f"The ACN's cut-off is below its residual twin's on {below} of {len(pairs)} seeds; its accuracy at full depth "
-        f"is {abs(gap):.1f} points {'higher' if gap >= 0 else 'lower'}.",
+        f"is {difference(gap)}.",
         f"{most} is the most accurate; of the {len(near)} within 3 points of it, {lowest} has the lowest cut-off.",
         *(
             f"{name} has hardly learned: its curve is flat, and its cut-off says nothing."
@@ -118,17 +130,11 @@ def picture(runs: Mapping[str, Runs]) -> Figure:
                 name, (cut, full), xytext=(4, (4, -9)[number % 2]), textcoords="offset points", fontsize="x-small"
             )
         right.plot([100 * value for value in each.mean_accuracy], markersize=3, linewidth=1, **style)
-    _label(left, f"cut-off within {TOLERANCE} points (blocks)", "Accuracy at full depth against cut-off")
-    _label(right, "depth (blocks)", "Readout at every depth")
+    cut, y = f"cut-off within {TOLERANCE} points (blocks)", "accuracy (%)"
+    label(left, cut, y, "Accuracy at full depth against cut-off: means over seeds", legend=False)
+    label(right, "depth (blocks)", y, "Readout at every depth: means over seeds", legend=False)
     right.legend(fontsize="x-small", ncols=2)
     return figure
-
-
-def _label(axes: Axes, x: str, title: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel("accuracy (%)")
-    axes.set_title(f"{title}: means over seeds", fontsize="medium")
-    axes.grid(alpha=0.3)
 
 
 STUDIES = {"connectivity": Study("13 connectivities on one task and budget: accuracy, cut-off, cost", trials, findings)}

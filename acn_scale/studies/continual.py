@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from acn_scale.continual import Retention, read_retention
 from acn_scale.data.image_sources import open_images
 from acn_scale.runs import run_folder
-from acn_scale.studies.study import CONFIGS, Findings, Runs, Setting, Study, Trial, paired, per_cent
+from acn_scale.studies.pictures import label
+from acn_scale.studies.study import CONFIGS, TWINS, Findings, Runs, Setting, Study, Trial, difference, paired, per_cent
 
-TWINS = {"acn": "ac", "residual": "residual"}
 DEPTHS = (5, 10, 15)
 # The paper's methods at all depths; references at the last one, with the first settings that were tried.
 METHODS = {"naive": (), "si": ("continual.strength=1.0", "continual.damping=0.1")}
@@ -35,11 +35,11 @@ def trials(setting: Setting) -> list[Trial]:
     found = []
     for method, keys in (METHODS | REFERENCES).items():
         for depth in DEPTHS if method in METHODS else DEPTHS[-1:]:
-            for twin, file in TWINS.items():
+            for twin, prefix in TWINS.items():
                 values = [*shape, *keys, f"continual.method={method}", f"model.depth={depth}"]
                 name = f"{twin}-{method}-{depth}"
                 if paper:
-                    found.append(Trial(name, CONFIGS / f"continual/{file}_mixer_cifar100.toml", values))
+                    found.append(Trial(name, CONFIGS / f"continual/{prefix}_mixer_cifar100.toml", values))
                 else:
                     config, values = CONFIGS / "studies/continual.toml", [*values, f"model.connectivity={twin}"]
                     found.append(Trial(name, config, values, "images", {"per_class": IMAGES // classes}))
@@ -89,8 +89,7 @@ def _compared(name: str, runs: Mapping[str, Runs]) -> str:
     learnt = 100 * fmean(fmean(acn.learnt) - fmean(twin.learnt) for acn, twin in pairs)
     return (
         f"{method} at L = {depth}: the ACN forgets less than its twin on {below} of {len(pairs)} seeds, "
-        f"{abs(gap):.1f} points {'less' if gap < 0 else 'more'} on average; when learnt, its tasks are "
-        f"{abs(learnt):.1f} points {'higher' if learnt >= 0 else 'lower'}."
+        f"{difference(gap, 'more', 'less')} on average; when learnt, its tasks are {difference(learnt)}."
     )
 
 
@@ -123,11 +122,8 @@ def _figure(kept: Mapping[str, list[Retention]]) -> Figure:
                     color=f"C{colour}",
                     label=f"{twin}, {method}",
                 )
-        axes.set_xlabel("blocks")
-        axes.set_ylabel(title)
         axes.set_xticks(DEPTHS)
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+        label(axes, "blocks", title)
     return figure
 
 

@@ -5,10 +5,22 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from acn_scale.studies.pictures import band
-from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, paired, per_cent, spread
+from acn_scale.studies.pictures import band, label
+from acn_scale.studies.study import (
+    CONFIGS,
+    TOLERANCE,
+    TWINS,
+    Findings,
+    Runs,
+    Setting,
+    Study,
+    Trial,
+    difference,
+    paired,
+    per_cent,
+    spread,
+)
 
-TWINS = ("acn", "residual")
 CLASSES = (2, 5, 10)
 # Dorovatas et al. 2025, sections 3 and 4: blocks that are needed.
 PUBLISHED = {
@@ -18,16 +30,16 @@ PUBLISHED = {
     | {f"residual-{classes}": "16 of 16" + (", 90.3 %" if classes == 10 else "") for classes in CLASSES},
 }
 PAPER = {
-    "depth-vit": {"acn": "vit/ac_vit_b16.toml", "residual": "vit/residual_vit_b16.toml"},
-    "depth-bert": {"acn": "bert/ac_bert_base.toml", "residual": "bert/residual_bert_base.toml"},
-    "depth-mixer": {"acn": "mixer/ac_mixer_cifar10.toml", "residual": "mixer/residual_mixer_cifar10.toml"},
+    "depth-vit": "vit/{}_vit_b16.toml",
+    "depth-bert": "bert/{}_bert_base.toml",
+    "depth-mixer": "mixer/{}_mixer_cifar10.toml",
 }
 
 
 def twins(name: str, setting: Setting) -> list[Trial]:
     """An ACN and its residual twin, at laptop scale with the same settings but the connectivity."""
     if setting.scale == "paper":
-        return [Trial(each, CONFIGS / PAPER[name][each]) for each in TWINS]
+        return [Trial(each, CONFIGS / PAPER[name].format(prefix)) for each, prefix in TWINS.items()]
     config = CONFIGS / "studies" / f"{name.removeprefix('depth-')}.toml"
     data = "text" if name == "depth-bert" else "images"
     return [Trial(each, config, [f"model.connectivity={each}"], data) for each in TWINS]
@@ -77,7 +89,7 @@ def _compared(name: str, acn: Runs, twin: Runs) -> str:
     where = f"{name.partition('-')[2]} classes: " if "-" in name else ""
     return (
         f"{where}the ACN's cut-off is below its twin's on {below} of {len(pairs)} seeds; its accuracy at full depth is "
-        f"{abs(gap):.1f} points {'higher' if gap >= 0 else 'lower'}."
+        f"{difference(gap)}."
     )
 
 
@@ -87,11 +99,7 @@ def curves(runs: Mapping[str, Runs]) -> Figure:
     axes = figure.subplots()
     for name, each in runs.items():
         band(axes, name, range(len(each.accuracy[0])), [[100 * value for value in curve] for curve in each.accuracy])
-    axes.set_xlabel("depth (blocks)")
-    axes.set_ylabel("accuracy (%)")
-    axes.set_title("Readout at every depth: mean and range over seeds")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    label(axes, "depth (blocks)", "accuracy (%)", "Readout at every depth: mean and range over seeds")
     return figure
 
 

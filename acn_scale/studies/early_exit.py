@@ -13,13 +13,24 @@ from acn_scale.depth import cost, cutoff, exit_flops
 from acn_scale.distributed import local_device
 from acn_scale.early_exit import Point, Readings, cheapest, point, take_readings, tradeoff
 from acn_scale.runs import run_folder
-from acn_scale.studies.pictures import band
-from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, per_cent, spread
+from acn_scale.studies.pictures import band, label
+from acn_scale.studies.study import (
+    CONFIGS,
+    TOLERANCE,
+    TWINS,
+    Findings,
+    Runs,
+    Setting,
+    Study,
+    Trial,
+    difference,
+    per_cent,
+    spread,
+)
 
 CRITERION = "entropy"
 THRESHOLD = 0.7 / math.log(10)  # table 7: 0.7 nats of 10 classes, as a share of the largest entropy
 THRESHOLDS = [10 ** (power / 10) for power in range(-40, 1)]  # of the picture
-TWINS = ("acn", "residual")
 # How a network is read out.
 FULL, CUT, EXIT, CHEAPEST = (
     "full depth",
@@ -39,11 +50,10 @@ PUBLISHED = {
 def trials(setting: Setting) -> list[Trial]:
     """The twins trained plainly, and on the losses of all depths through the shared head."""
     found = []
-    for name in TWINS:
+    for name, prefix in TWINS.items():
         if setting.scale == "paper":
-            file = f"{'ac' if name == 'acn' else name}_mixer_cifar10.toml"
-            found.append(Trial(name, CONFIGS / "mixer" / f"authors_{file}"))
-            found.append(Trial(f"{name}-shared", CONFIGS / "mixer" / f"shared_exit_{file}"))
+            found.append(Trial(name, CONFIGS / f"mixer/authors_{prefix}_mixer_cifar10.toml"))
+            found.append(Trial(f"{name}-shared", CONFIGS / f"mixer/shared_exit_{prefix}_mixer_cifar10.toml"))
         else:
             config, connectivity = CONFIGS / "studies" / "mixer.toml", f"model.connectivity={name}"
             found.append(Trial(name, config, [connectivity], "images"))
@@ -79,7 +89,7 @@ def read(runs: Runs) -> list[Reading]:
     return found
 
 
-def findings_of(runs: Mapping[str, Runs], setting: Setting) -> Findings:
+def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
     """Accuracy, mean depth and speed-up, at full depth, cut, and with early exit."""
     found = {name: read(each) for name, each in runs.items()}
     full = found["residual"][0].cuts[-1]
@@ -114,8 +124,7 @@ def _compared(pairs: list[tuple[Point, Point]]) -> str:
     less = sum(acn.flops < twin.flops for acn, twin in pairs)
     gap = 100 * fmean(acn.accuracy - twin.accuracy for acn, twin in pairs)
     return (
-        f"the ACN takes fewer FLOPs than its twin on {less} of {len(pairs)} seeds; its accuracy is {abs(gap):.1f} "
-        f"points {'higher' if gap >= 0 else 'lower'}."
+        f"the ACN takes fewer FLOPs than its twin on {less} of {len(pairs)} seeds; its accuracy is {difference(gap)}."
     )
 
 
@@ -130,12 +139,9 @@ def picture(found: Mapping[str, list[Reading]], full: int) -> Figure:
         chosen = [reading.at(EXIT) for reading in each]
         place = [100 * fmean(at.flops for at in chosen) / full], [100 * fmean(at.accuracy for at in chosen)]
         axes.plot(*place, marker="o", markersize=12, fillstyle="none", color=colour)
-    axes.set_xlabel("FLOPs (% of the residual network's), with every evaluation of the head")
-    axes.set_ylabel("accuracy (%)")
-    axes.set_title("Early exit by entropy: mean and range over seeds; rings: 0.7 nats of ln 10")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    flops = "FLOPs (% of the residual network's), with every evaluation of the head"
+    label(axes, flops, "accuracy (%)", "Early exit by entropy: mean and range over seeds; rings: 0.7 nats of ln 10")
     return figure
 
 
-STUDIES = {"early-exit": Study("accuracy and FLOPs of early exit by entropy", trials, findings_of)}
+STUDIES = {"early-exit": Study("accuracy and FLOPs of early exit by entropy", trials, findings)}

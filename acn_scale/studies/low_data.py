@@ -5,8 +5,20 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from acn_scale.studies.pictures import band
-from acn_scale.studies.study import CONFIGS, Findings, Runs, Setting, Study, Trial, paired, per_cent, spread
+from acn_scale.studies.pictures import band, label
+from acn_scale.studies.study import (
+    CONFIGS,
+    TWINS,
+    Findings,
+    Runs,
+    Setting,
+    Study,
+    Trial,
+    difference,
+    paired,
+    per_cent,
+    spread,
+)
 
 PER_CLASS, EPOCHS = 100, 150  # Dorovatas et al. 2025, figure 6
 TRAIN, TEST, ACCURACY = "train/loss", "eval/loss", "eval/accuracy"
@@ -17,10 +29,10 @@ def trials(setting: Setting) -> list[Trial]:
     """The twins, evaluated on all images for it."""
     length, every = f"train.length={EPOCHS}ep", "eval.every=0.05run"
     found = []
-    for name, file in (("acn", "ac_mixer"), ("residual", "residual_mixer")):
+    for name, prefix in TWINS.items():
         if setting.scale == "paper":
             data = f"data.train=data/cifar10_per_class{PER_CLASS}/train"
-            found.append(Trial(name, CONFIGS / "mixer" / f"{file}_cifar10.toml", [length, every, data]))
+            found.append(Trial(name, CONFIGS / f"mixer/{prefix}_mixer_cifar10.toml", [length, every, data]))
         else:
             values = [f"model.connectivity={name}", length, every]
             selection = {"per_class": PER_CLASS}
@@ -28,7 +40,7 @@ def trials(setting: Setting) -> list[Trial]:
     return found
 
 
-def findings_of(runs: Mapping[str, Runs], setting: Setting) -> Findings:
+def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
     """The lowest losses, and the means over the epochs: a network that learns in fewer epochs has a lower one.
 
     When a loss first comes to a level says less: train losses end near 0, where noise decides.
@@ -56,7 +68,7 @@ def findings_of(runs: Mapping[str, Runs], setting: Setting) -> Findings:
         for metric, said in ((TRAIN, "train"), (TEST, "test"))
     ]
     gap = 100 * (fmean(acn.last(ACCURACY)) - fmean(twin.last(ACCURACY)))
-    sentences.append(f"At the end it is {abs(gap):.1f} points {'more' if gap >= 0 else 'less'} accurate.")
+    sentences.append(f"At the end it is {difference(gap, 'more', 'less')} accurate.")
     if setting.scale == "laptop":
         sentences.append("The paper's networks have 16 blocks of width 128, on CIFAR-10.")
         if setting.data == "digits":
@@ -85,12 +97,9 @@ def picture(runs: Mapping[str, Runs]) -> Figure:
                 [epoch for epoch, _ in curves[0]],
                 [[scale * value for _, value in curve] for curve in curves],
             )
-        axes.set_xlabel("epochs")
-        axes.set_title(title)
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+        label(axes, "epochs", title)
     figure.suptitle(f"{PER_CLASS} images of each class: mean and range over seeds")
     return figure
 
 
-STUDIES = {"low-data": Study(f"learning from {PER_CLASS} images of each class", trials, findings_of)}
+STUDIES = {"low-data": Study(f"learning from {PER_CLASS} images of each class", trials, findings)}

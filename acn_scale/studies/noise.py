@@ -12,8 +12,8 @@ from acn_scale.downstream.image_evaluation import evaluate_images
 from acn_scale.downstream.image_sets import ImageSet, open_subject
 from acn_scale.downstream.noise_table import HEAD, ON, PUBLISHED, accuracy_under_noise
 from acn_scale.runs import run_folder
-from acn_scale.studies.depth import TWINS, twins
-from acn_scale.studies.study import TOLERANCE, Findings, Runs, Setting, Study, paired, per_cent
+from acn_scale.studies.depth import twins
+from acn_scale.studies.study import TOLERANCE, TWINS, Findings, Runs, Setting, Study, paired, per_cent
 
 KINDS = ("gaussian", "salt_pepper")
 

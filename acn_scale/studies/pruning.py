@@ -10,10 +10,21 @@ from acn_scale.movement import movement_curve
 from acn_scale.report.subject import open_subjects
 from acn_scale.runs import run_folder
 from acn_scale.sparsity import magnitude_curve
-from acn_scale.studies.pictures import band
-from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, paired, per_cent, spread
+from acn_scale.studies.pictures import band, label
+from acn_scale.studies.study import (
+    CONFIGS,
+    TOLERANCE,
+    TWINS,
+    Findings,
+    Runs,
+    Setting,
+    Study,
+    Trial,
+    paired,
+    per_cent,
+    spread,
+)
 
-TWINS = ("acn", "residual")
 SHARE, TIMES = 0.4, 6  # of what is left, after each epoch: Dorovatas et al. 2025, app. G, variant II of movement
 SPARSITIES = [1 - (1 - SHARE) ** times for times in range(TIMES + 1)]
 EVERY = 50  # steps in the place of an epoch, at laptop scale
@@ -24,12 +35,11 @@ PUBLISHED = {"acn": "above its twin, more so at high sparsity (no numbers)"}
 def trials(setting: Setting) -> list[Trial]:
     """The twins, and runs that go on from them and prune by movement. The paper's are BERTs fine-tuned on SST-2."""
     found = []
-    for name in TWINS:
+    for name, prefix in TWINS.items():
         every = "1ep" if setting.scale == "paper" else f"{EVERY}step"
         prune = [f"prune.share={SHARE}", f"prune.every={every}", f"eval.every={every}"]
         if setting.scale == "paper":
-            file = f"{'ac' if name == 'acn' else name}_bert_base.toml"
-            found.append(Trial(f"{name}-pretrained", CONFIGS / "bert" / file))
+            found.append(Trial(f"{name}-pretrained", CONFIGS / f"bert/{prefix}_bert_base.toml"))
             sst2 = [f"data.{split}=data/glue/sst2/{split}" for split in ("train", "eval")]
             config = CONFIGS / "glue" / "paper.toml"
             found.append(Trial(name, config, sst2, after=f"{name}-pretrained"))
@@ -63,7 +73,7 @@ def by_movement(runs: Runs) -> Curves:
     return [[point["accuracy"] for point in movement_curve(run_folder(cfg))] for cfg in runs.configs]
 
 
-def findings_of(runs: Mapping[str, Runs], setting: Setting) -> Findings:
+def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
     """Accuracy at each sparsity, and where the ACN is above its twin."""
     twins = dict(zip(TWINS, paired(*(runs[name] for name in TWINS)), strict=True))
     moved = dict(zip(TWINS, paired(*(runs[f"{name}-movement"] for name in TWINS)), strict=True))
@@ -111,12 +121,8 @@ def picture(found: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> Fig
         for name, each in curves.items():
             percent = [[100 * value for value in curve] for curve in each]
             band(axes, name, [100 * share for share in SPARSITIES], percent)
-        axes.set_title(way)
-        axes.set_xlabel("zeros among the blocks' linear weights (%)")
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("accuracy (%)")
-    figure.axes[0].legend(fontsize="small")
+        label(axes, "zeros among the blocks' linear weights (%)", "accuracy (%)", way)
     return figure
 
 
-STUDIES = {"pruning": Study("accuracy against sparsity", trials, findings_of)}
+STUDIES = {"pruning": Study("accuracy against sparsity", trials, findings)}

@@ -17,6 +17,7 @@ from acn_scale.runs import read_metrics, read_result, run_folder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TOLERANCE = 0.5  # points that the cut-off may lose
+TWINS = {"acn": "ac", "residual": "residual"}  # with what the names of their configs begin with
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,11 @@ def paired(*runs: Runs) -> list[Runs]:
     """Of the seeds that are finished in all of them."""
     seeds = set.intersection(*(set(each.seeds) for each in runs))
     return [Runs([cfg for cfg in each.configs if cfg.run.seed in seeds]) for each in runs]
+
+
+def difference(points: float, more: str = "higher", less: str = "lower") -> str:
+    """1.2 -> "1.2 points higher"."""
+    return f"{abs(points):.1f} points {more if points >= 0 else less}"
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

@@ -7,7 +7,19 @@ from matplotlib.figure import Figure
 
 from acn_scale.data.image_sources import open_images
 from acn_scale.studies import depth
-from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, paired, per_cent, spread
+from acn_scale.studies.study import (
+    CONFIGS,
+    TOLERANCE,
+    TWINS,
+    Findings,
+    Runs,
+    Setting,
+    Study,
+    Trial,
+    paired,
+    per_cent,
+    spread,
+)
 
 SOURCE = "-source"
 # How each network is pretrained. LayerSkip as in section 7: p_max = 0.1, e_scale = 0.2; R = 15 is the default.
@@ -34,8 +46,8 @@ def trials(setting: Setting) -> list[Trial]:
     found = []
     if setting.scale == "paper":
         for name, values in NETWORKS.items():
-            file = f"{'ac' if name == 'acn' else 'residual'}_mixer_cifar100.toml"
-            found.append(Trial(name + SOURCE, CONFIGS / "mixer" / file, values))
+            prefix = TWINS.get(name, TWINS["residual"])
+            found.append(Trial(name + SOURCE, CONFIGS / f"mixer/{prefix}_mixer_cifar100.toml", values))
             found.append(Trial(name, CONFIGS / "transfer" / "cifar10.toml", after=name + SOURCE))
         return found
     config = CONFIGS / "studies" / "mixer.toml"
@@ -48,7 +60,7 @@ def trials(setting: Setting) -> list[Trial]:
     return found
 
 
-def findings_of(runs: Mapping[str, Runs], setting: Setting) -> Findings:
+def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
     """Accuracies before and after, and the cut-offs; how the ACN does beside each of the others."""
     head = ["network", "accuracy on the source (%)", "on the target (%)", f"cut-off within {TOLERANCE} points", "of"]
     table = [[*head, "published (%)"]]
@@ -86,4 +98,4 @@ def picture(runs: Mapping[str, Runs]) -> Figure:
     return figure
 
 
-STUDIES = {"transfer": Study("fine-tuning on other classes", trials, findings_of)}
+STUDIES = {"transfer": Study("fine-tuning on other classes", trials, findings)}
