@@ -283,3 +283,6 @@ def test_classes_that_are_skipped(tmp_path: Path) -> None:
     assert sorted(pictures(below) + pictures(above, first=4)) == sorted(pictures(source))
     with pytest.raises(UserError, match="--skip-classes 10: must be less than the 10 classes"):
         make_image_shards("digits", "eval", tmp_path / "none", skip_classes=10)
+    with pytest.raises(UserError, match="--first-classes 7: must be 6 at most"):
+        make_image_shards("digits", "eval", tmp_path / "none", skip_classes=4, first_classes=7)
+    assert not (tmp_path / "none").exists()

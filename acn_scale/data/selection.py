@@ -39,7 +39,7 @@ def select(
     """The images of the first classes after those that are skipped, and of each class `per_class`, drawn once for all.
 
     Classes are numbered anew from 0. Raises UserError for a source that does not say how many images it has, and where
-    no class is left.
+    there are fewer classes.
     """
     if first_classes is None and per_class is None and not skip_classes:
         return source
@@ -47,9 +47,12 @@ def select(
         raise UserError(
             "--first-classes, --skip-classes, --per-class: take a source that says how many images it has, not a stream"
         )
-    classes = list(source.classes)[skip_classes:][:first_classes]
-    if not classes:
+    left = list(source.classes)[skip_classes:]
+    if not left:
         raise UserError(f"--skip-classes {skip_classes}: must be less than the {len(source.classes)} classes")
+    if first_classes is not None and first_classes > len(left):
+        raise UserError(f"--first-classes {first_classes}: must be {len(left)} at most, of the classes that there are")
+    classes = left[:first_classes]
     labels = np.array([image.label for image in source.read(0, source.size)]) - skip_classes
     order = np.random.default_rng(0).permutation(source.size)
     chosen = [order[labels[order] == label][:per_class] for label in range(len(classes))]
