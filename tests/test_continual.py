@@ -90,11 +90,12 @@ def test_a_sample_s_class_is_one_of_its_task_s() -> None:
     net = build_model(mixer(num_classes=6))
     randomize(net)
     net.tasks = torch.tensor([0, 1, 2, 0, 1, 2])
-    images, labels = torch.randn(3, 3, 8, 8), torch.tensor([3, 4, 1])
+    images, labels = torch.randn(24, 3, 8, 8), torch.tensor([3, 4, 1] * 8)
     out = net(images, labels)
-    mine = [[0, 3], [1, 4], [1, 4]]
+    mine = [[0, 3], [1, 4], [1, 4]] * 8
     alone = torch.stack([logits[own] for logits, own in zip(out["logits"], mine, strict=True)])
-    places = torch.tensor([1, 1, 0])
+    places = torch.tensor([1, 1, 0] * 8)
+    assert (out["logits"].argmax(dim=1) % 3 != labels % 3).any()  # some would be taken for another task's
     torch.testing.assert_close(out["loss"], F.cross_entropy(alone, places))
     out["loss"].backward()
     assert net.head.linear.weight.grad[[2, 5]].abs().sum() == 0

@@ -66,7 +66,8 @@ def test_a_study_is_what_its_runs_say(tmp_path: Path) -> None:
     config = json.loads((here.folder / "acn/seed=1/config.json").read_text())
     assert (config["model"]["num_classes"], config["run"]["seed"]) == (4, 1)
     (here.folder / "acn/seed=1/noted").unlink()  # a study that was killed before it had measured this run
-    before = {path: path.stat().st_mtime_ns for path in here.folder.glob("*/*/metrics.jsonl")}
+    done = [*here.folder.glob("*/*/metrics.jsonl"), *here.folder.glob("*/*/noted")]
+    before = {path: path.stat().st_mtime_ns for path in done}
     more = setting(tmp_path, 0, 1, 2)
     reproduce("twins", study(), more, workers=2)
     assert {path: path.stat().st_mtime_ns for path in before} == before
