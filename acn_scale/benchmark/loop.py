@@ -1,6 +1,7 @@
 """Our training loop beside a bare PyTorch one and beside Transformers' Trainer, with everything but evaluations."""
 
 import contextlib
+import gc
 import tempfile
 import time
 from collections.abc import Iterator
@@ -104,6 +105,7 @@ def our_loop(cfg: Config) -> Iterator[Measure]:
     with distributed.process_group() as device:
 
         def measure() -> float:
+            gc.collect()  # DeepSpeed's engine of the turn before refers to itself
             with our_trainer(cfg, device) as trainer:
                 trainer.run()
                 return (trainer.times[-1] - trainer.times[0]) / (len(trainer.times) - 1)
