@@ -14,9 +14,10 @@ from ranks import Ranks
 from acn_scale import distributed
 from acn_scale.config import Config, RemoteConfig
 from acn_scale.data import build_evaluation, build_stream
-from acn_scale.data.shards import ShardIndex, ShardReader, Table
+from acn_scale.data.shards import ShardIndex, ShardReader
 from acn_scale.data.storage import open_folder
 from acn_scale.data.stream import Stream
+from acn_scale.data.tar import Table
 from acn_scale.errors import BadData, UserError
 
 
@@ -110,9 +111,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "where the index lists|Is a directory"),
 }
 RESEALED: dict[str, tuple[Callable[[Path], object], str]] = {  # as if made so: sizes and checksums are those listed
-    "cut": (cut, "fewer than index.json says|the shard is cut"),
+    "cut": (cut, "fewer than its index says|the shard is cut"),
     "no tar": (lambda path: path.write_bytes(b"nonsense" * 1000), "not a readable tar"),
-    "zeros": (lambda path: path.write_bytes(bytes(10240)), "holds 0 records, fewer than index.json says"),
+    "zeros": (lambda path: path.write_bytes(bytes(10240)), "holds 0 records, fewer than its index says"),
 }
 
 

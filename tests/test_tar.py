@@ -1,16 +1,21 @@
-"""Members of a tar: as Python's own tarfile finds them."""
+"""Members of a tar: as Python's own tarfile finds them; a table of its records: as its headers tell."""
 
 import contextlib
 import io
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
+import pytest
+import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acn_scale.data.tar import members
+from acn_scale.data.make import write_shard
+from acn_scale.data.tar import Table, members
+from acn_scale.errors import BadData
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=120)
 KINDS = st.sampled_from([tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE])
@@ -53,3 +58,46 @@ def test_members_are_those_of_tarfile(
 def by_tarfile(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
     with tarfile.open(fileobj=file, mode="r:") as tar:
         yield from ((each.name, each.offset_data, each.size) for each in tar if each.isfile())
+
+
+RECORDS = st.lists(st.dictionaries(st.sampled_from(["cls", "json", "png"]), st.binary(max_size=1500), min_size=1))
+
+
+@given(RECORDS, st.integers(1, 120))
+@settings(max_examples=50, deadline=None)
+def test_a_table_says_what_the_headers_do(records: list[dict[str, bytes]], length: int) -> None:
+    """However long the keys are; and webdataset's own reader finds the records alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.tar"
+        keys = [f"{number:0{length}d}" for number in range(len(records))]
+        shard = write_shard(path, [{"__key__": key} | files for key, files in zip(keys, records, strict=True)])
+        scanned, stored = Table(path), Table(path, shard.table)
+        assert [stored.read(record) for record in range(len(records))] == records
+        assert [stored.key(record) for record in range(len(records))] == keys
+        assert stored.keys.tolist() == scanned.keys.tolist()
+        assert (stored.extensions, stored.places.tolist()) == (scanned.extensions, scanned.places.tolist())
+        read = list(wds.WebDataset(str(path), shardshuffle=False, empty_check=False))
+        assert [sample["__key__"] for sample in read] == keys
+
+
+@given(st.integers(-600, 900), st.binary(max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_a_damaged_table_is_refused_or_read_within_the_file(at: int, instead: bytes) -> None:
+    """Nothing else is raised, and nothing is read from outside."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.tar"
+        table = write_shard(path, [{"__key__": f"{number}", "cls": b"1"} for number in range(5)]).table
+        content = bytearray(path.read_bytes())
+        content[table + at : table + at + len(instead)] = instead
+        path.write_bytes(content if instead else content[: table + at])
+        with contextlib.suppress(BadData):
+            opened = Table(path, table)
+            for record in range(6):
+                assert all(len(files) <= table for files in opened.read(record).values())
+
+
+@pytest.mark.parametrize("where", [1, 512, 10**6])
+def test_where_no_table_is_there_is_none(tmp_path: Path, where: int) -> None:
+    write_shard(tmp_path / "a.tar", [{"__key__": "0", "cls": b"1"}])
+    with pytest.raises(BadData, match="its table of records cannot be read"):
+        Table(tmp_path / "a.tar", where)

@@ -18,7 +18,7 @@ from acn_scale.benchmark.order import index_at_scale, shuffling
 from acn_scale.benchmark.rows import Row, in_turns, row
 from acn_scale.config import ImageDataConfig, StreamConfig, ViTConfig
 from acn_scale.data.images import ImageDecoder
-from acn_scale.data.make import describe
+from acn_scale.data.make import write_shard
 from acn_scale.data.make_images import index_shards
 from acn_scale.data.order import Order
 from acn_scale.data.samples import Key, Samples
@@ -175,17 +175,13 @@ def raw_reading(folder: Path, rounds: int) -> list[Row]:
 
 
 def _write_raw(folder: Path, *, shards: int, records: int, size: int) -> None:
-    from webdataset import TarWriter
-
     folder.mkdir(parents=True)
     content = np.random.default_rng(0).bytes(size)
-    entries = []
-    for number in range(shards):
-        path = folder / f"{number:06d}.tar"
-        with TarWriter(str(path), mtime=0) as tar:
-            for record in range(records):
-                tar.write({"__key__": f"{number:04d}{record:06d}", "bin": content, "cls": b"0"})
-        entries.append(describe(path, records))
+
+    def files(shard: int) -> Iterator[dict[str, Any]]:
+        return ({"__key__": f"{shard:04d}{record:06d}", "bin": content, "cls": b"0"} for record in range(records))
+
+    entries = [write_shard(folder / f"{number:06d}.tar", files(number)) for number in range(shards)]
     ShardIndex(folder, entries, {"rows_per_record": 1}).save()
 
 

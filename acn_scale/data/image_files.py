@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from acn_scale.data.image_sources import Folder
-from acn_scale.data.shards import Shard, ShardIndex
+from acn_scale.data.shards import ShardIndex
+from acn_scale.data.storage import Shard
 from acn_scale.errors import BadData
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from acn_scale.data.cifar import read_cifar
 from acn_scale.data.classes import class_names, class_number
-from acn_scale.data.shards import Table
 from acn_scale.data.sources import EVAL_NAMES, files_identity, find_files, find_source, load_hugging_face, split_name
+from acn_scale.data.tar import Table
 from acn_scale.errors import BadData, UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")

@@ -18,7 +18,9 @@ from typing import Any, Self
 import filelock
 import webdataset as wds
 
-from acn_scale.data.shards import INDEX_NAME, Shard, ShardIndex
+from acn_scale.data.shards import INDEX_NAME, ShardIndex
+from acn_scale.data.storage import Shard
+from acn_scale.data.tar import append_table
 from acn_scale.errors import UserError
 from acn_scale.files import write_file
 from acn_scale.stopping import end_with_parent
@@ -74,15 +76,9 @@ class Making:
 
     def write(self, number: int, records: Iterable[dict[str, Any]]) -> Shard:
         """Write one shard of webdataset records; the rows of an "npy" array are its samples."""
-        name = f"shard-{number:06d}.tar"
-        temporary = self.work / name
-        samples = 0
-        with wds.TarWriter(str(temporary), mtime=0) as tar:
-            for record in records:
-                tar.write(record)
-                samples += len(record["npy"]) if "npy" in record else 1
-        shard = describe(temporary, samples)
-        temporary.rename(self.folder / name)
+        temporary = self.work / f"shard-{number:06d}.tar"
+        shard = write_shard(temporary, records)
+        temporary.rename(self.folder / shard.name)
         return shard
 
     def record(self, number: int, shard: Shard, notes: dict[str, Any]) -> None:
@@ -117,11 +113,21 @@ class Making:
         return self.index
 
 
-def describe(path: Path, samples: int) -> Shard:
+def write_shard(path: Path, records: Iterable[dict[str, Any]]) -> Shard:
+    """A tar of webdataset records; the rows of an "npy" array are its samples."""
+    samples = 0
+    with wds.TarWriter(str(path), mtime=0) as tar:
+        for record in records:
+            tar.write(record)
+            samples += len(record["npy"]) if "npy" in record else 1
+    return describe(path, samples, append_table(path))
+
+
+def describe(path: Path, samples: int, table: int = 0) -> Shard:
     """A tar file as the index lists it."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Shard(path.name, samples, path.stat().st_size, digest)
+    return Shard(path.name, samples, path.stat().st_size, digest, table)
 
 
 def in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from acn_scale.data.image_sources import ImageSource, RawImage, encode_png, open_images
 from acn_scale.data.make import Making, describe, in_order
 from acn_scale.data.selection import select
-from acn_scale.data.shards import INDEX_NAME, Shard, ShardIndex
+from acn_scale.data.shards import INDEX_NAME, ShardIndex
+from acn_scale.data.storage import Shard
 from acn_scale.errors import BadData, UserError
 
 log = logging.getLogger(__name__)

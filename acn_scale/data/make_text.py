@@ -17,7 +17,9 @@ import sentencepiece
 from tqdm import tqdm
 
 from acn_scale.data.make import Making, in_order
-from acn_scale.data.shards import Shard, ShardIndex, Table
+from acn_scale.data.shards import ShardIndex
+from acn_scale.data.storage import Shard
+from acn_scale.data.tar import Table
 from acn_scale.data.text_sources import Counts, TextSources, split_documents
 from acn_scale.data.tokenizer import (
     CLS,
@@ -223,7 +225,7 @@ def piece_counts(folder: Path, shards: list[Shard], tokenizer: sentencepiece.Sen
     """How often each piece occurs in the sequences, the special ones left out: (vocab_size,)."""
     counts = np.zeros(tokenizer.vocab_size(), dtype=np.int64)
     for shard in tqdm(shards, desc=f"counting pieces of {folder.name}", unit="shard", leave=False):
-        table = Table(folder / shard.name)
+        table = Table(folder / shard.name, shard.table)
         for record in range(len(table.places)):
             array = np.load(BytesIO(table.read(record)["npy"]))
             counts += np.bincount(array.reshape(-1), minlength=len(counts))

@@ -7,19 +7,16 @@ records hold several (token sequences).
 import functools
 import hashlib
 import json
-import os
 import re
-import tarfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from webdataset.tariterators import base_plus_ext
 
 from acn_scale.config import RemoteConfig
 from acn_scale.data.storage import Folder, Shard, read_file
-from acn_scale.data.tar import members
+from acn_scale.data.tar import Table
 from acn_scale.errors import BadData, UserError
 from acn_scale.files import write_file
 
@@ -87,50 +84,9 @@ def _check(shard: Shard) -> None:
         raise ValueError(f"name {shard.name!r} is not that of a file in the folder")
     if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
         raise ValueError(f"{shard.name}: sha256 {shard.sha256!r} is not 64 hexadecimal digits")
-    if type(shard.samples) is not int or type(shard.bytes) is not int or min(shard.samples, shard.bytes) < 0:
-        raise ValueError(f"{shard.name}: samples and bytes must be whole numbers from 0 on")
-
-
-class Table:
-    """Where the records of one open shard lie. `extensions` names the columns; a size of -1: the record has no such."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("rb", buffering=0)
-        records: dict[str, dict[str, tuple[int, int]]] = {}
-        try:
-            for name, start, size in members(self.file):
-                key, extension = base_plus_ext(name)
-                if key is not None:
-                    records.setdefault(key, {})[extension] = (start, size)
-        except (tarfile.TarError, OSError, ValueError) as error:
-            if not records:
-                raise BadData(f"not a readable tar: {error}") from None
-        # Of fixed width: a tenth of what strings take.
-        self.keys = np.array([key.encode() for key in records], dtype=bytes)
-        self.extensions = sorted({extension for files in records.values() for extension in files})
-        self.places = np.full((len(records), len(self.extensions), 2), -1, dtype=np.int64)
-        for row, files in zip(self.places, records.values(), strict=True):
-            for extension, place in files.items():
-                row[self.extensions.index(extension)] = place
-
-    def read(self, record: int, only: str | None = None) -> dict[str, bytes]:
-        """The files of a record by extension, all or `only` one of them. Raises BadData where the file is cut or cannot
-        be read."""
-        if record >= len(self.places):
-            raise BadData(f"the shard holds {len(self.places)} records, fewer than {INDEX_NAME} says")
-        files = {}
-        for extension, (start, size) in zip(self.extensions, self.places[record].tolist(), strict=True):
-            if size >= 0 and only in (None, extension):
-                try:
-                    files[extension] = os.pread(self.file.fileno(), size, start)
-                except OSError as error:
-                    raise BadData(f"cannot be read: {error.strerror}") from None
-                if len(files[extension]) < size:
-                    raise BadData(f"the shard is cut: .{extension} has {len(files[extension])} of {size} bytes")
-        return files
-
-    def key(self, record: int) -> str | None:
-        return self.keys[record].decode(errors="replace") if record < len(self.keys) else None
+    numbers = shard.samples, shard.bytes, shard.table
+    if any(type(number) is not int for number in numbers) or min(numbers) < 0:
+        raise ValueError(f"{shard.name}: samples, bytes and table must be whole numbers from 0 on")
 
 
 class ShardReader:
@@ -162,7 +118,7 @@ class ShardReader:
         """A bad shard is remembered as well: reading it anew for each of its samples could take hours."""
         for attempt in range(2):
             try:
-                return Table(self.folder.path(shard))
+                return Table(self.folder.path(shard), self.folder.shards[shard].table)
             except BadData as error:
                 return error
             except OSError as error:  # another process may have dropped it from the cache in between

@@ -40,12 +40,14 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
+    table: int = 0  # where the table of its records begins; 0: it has none
 
 
 class Folder(Protocol):
     """A folder of shards. Made before loader processes are forked, used in all of them."""
 
     location: str
+    shards: Sequence[Shard]
 
     def read(self, name: str) -> bytes:
         """A small file beside the shards. Raises FileNotFoundError, or OSError for what else prevents it."""
