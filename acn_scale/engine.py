@@ -28,6 +28,8 @@ def deepspeed_config(cfg: Config, world_size: int, parameters: int) -> dict[str,
     """
     micro_batch_size = cfg.micro_batch_size(world_size)
     zero: dict[str, Any] = {"stage": cfg.train.zero_stage, "reduce_bucket_size": min(BUCKET, parameters)}
+    # overlap_comm stays off below ZeRO-3, as is DeepSpeed's default: it has spoilt gradients without a word, by races
+    # between CUDA streams (DeepSpeed issues 5545 and 8061).
     if cfg.train.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if cfg.train.offload == "parameters":

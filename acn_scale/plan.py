@@ -69,14 +69,16 @@ class Pace:
 def pace(cfg: Config, cluster: Cluster, gpus: int) -> Pace:
     """From the arithmetic at the cluster's share of the peak, and the traffic at the speed of its links.
 
-    The backward pass, two thirds of the arithmetic, hides as much of the traffic as it is long.
+    With ZeRO-3 the backward pass, two thirds of the arithmetic, hides as much of the traffic as it is long. Below it
+    nothing does: DeepSpeed sums gradients while others are computed only if told to, and it is not (engine.py).
     """
     total, stage, recompute = cfg.train.global_batch_size, cfg.train.zero_stage, cfg.model.recompute
     most = largest_micro_batch(cfg, stage=stage, gpus=gpus, recompute=recompute, device=cluster.device)
     sent = traffic(cfg, stage=stage, gpus=gpus, micro_steps=math.ceil(total / gpus / max(1, most)))
     flops = step_flops(cfg.model, cfg.data.mask_ratio, frozen=cfg.train.freeze) * total
     compute = flops / gpus / (cluster.device.peak[cfg.train.precision] * cluster.mfu)
-    return Pace(gpus, sent, compute + max(0.0, sent / cluster.link - 2 / 3 * compute))
+    hidden = 2 / 3 * compute if stage == 3 else 0.0
+    return Pace(gpus, sent, compute + max(0.0, sent / cluster.link - hidden))
 
 
 def shards_per_node(cfg: Config, shards: int, cluster: Cluster) -> int:

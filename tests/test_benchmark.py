@@ -123,7 +123,7 @@ def test_what_a_group_lacks_is_said_before_it_is_measured(tmp_path: Path) -> Non
         ("inference", {"runs": (tmp_path / "a", tmp_path / "b")}, "a: no such run"),
     ):
         with pytest.raises(UserError, match=message):
-            measure([group], replace(nothing, **mistake), rounds=1, threads=None)
+            next(measure([group], replace(nothing, **mistake), rounds=1, threads=None))
 
 
 def test_freed_memory_is_kept() -> None:

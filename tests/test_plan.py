@@ -140,7 +140,18 @@ def test_pace() -> None:
     assert efficiency == sorted(efficiency, reverse=True)
     assert efficiency[-1] < 0.1
     last = pace(cfg, slow, 4096)
-    assert last.step_seconds > last.sent / 1e9
+    assert last.step_seconds == pytest.approx(alone / 4096 + last.sent / 1e9)
+
+
+def test_only_zero_3_hides_traffic() -> None:
+    """As it is the only stage at which DeepSpeed sums gradients while others are computed."""
+    link = 1e11
+    for stage in range(4):
+        cfg = config(VIT | {"depth": 2, "dim": 192}, micro=4096, zero_stage=stage)
+        cluster = Cluster(1, 8, DEVICES["a100-80gb"], 0.5, link, 0.0)
+        compute, at = pace(cfg, cluster, 1).step_seconds / 8, pace(cfg, cluster, 8)
+        assert 0 < at.sent / link < 2 / 3 * compute
+        assert at.step_seconds == pytest.approx(compute + (0 if stage == 3 else at.sent / link))
 
 
 def test_shards_of_a_node(vit: Callable[..., Config]) -> None:

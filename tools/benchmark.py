@@ -35,9 +35,11 @@ def main() -> None:
 
     what = WHAT if args.what == "all" else [args.what]
     inputs = Inputs(args.images, args.text, args.glue, args.runs, args.mosaicml)
-    rows = measure(what, inputs, args.rounds, args.threads)
-    if args.json:
-        save(rows, args.json)
+    rows = []
+    for more in measure(what, inputs, args.rounds, args.threads):
+        rows += more
+        if args.json:
+            save(rows, args.json)  # a later group may fail
     print(table(rows))
 
 

@@ -34,7 +34,7 @@ def finetuning(text: Path | None, glue: Path | None, rounds: int, scale: work.Sc
         for split in ("train", "eval"):
             write_split(folder / split, rows, {"task": TASK, "split": split, "classes": TASKS[TASK].labels})
         peer = work.write_peer("hf", scale.encoder, folder / "peer", shards)
-        steps = len(rows) // BATCH + 1  # times are between the starts of steps
+        steps = len(rows) // BATCH + 1  # the first one is not timed
         cfg = work.config(
             scale.encoder, folder, folder, batch=BATCH, precision=scale.precision, steps=steps, tokenizer=str(peer)
         )

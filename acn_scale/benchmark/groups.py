@@ -1,7 +1,7 @@
 """The groups of rows by name. What a group needs is looked for before the first is measured."""
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +34,8 @@ class Inputs:
     mosaicml: Path | None  # a Python that has mosaicml-streaming, which takes older packages than ours
 
 
-def measure(groups: Sequence[str], inputs: Inputs, rounds: int, threads: int | None) -> list[Row]:
-    """Raises UserError for a peer or a run that is missing."""
+def measure(groups: Sequence[str], inputs: Inputs, rounds: int, threads: int | None) -> Iterator[list[Row]]:
+    """The rows of one group after another. Raises UserError, before the first, for a peer or a run that is missing."""
     if threads:
         torch.set_num_threads(threads)
     for group in groups:
@@ -51,10 +51,8 @@ def measure(groups: Sequence[str], inputs: Inputs, rounds: int, threads: int | N
             if not run.is_dir():
                 raise UserError(f"{run}: no such run; make quickstart trains both, --runs names others")
             read_config(run)
-    rows = []
     for group in groups:
-        rows += _rows(group, inputs, rounds)
-    return rows
+        yield _rows(group, inputs, rounds)
 
 
 def _check_mosaicml(python: Path) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from acn_scale.config import Config, ViTConfig
 from acn_scale.data import build_stream
 from acn_scale.data.make_images import make_image_shards
 from acn_scale.durations import Horizon
+from acn_scale.engine import Step
 from acn_scale.log import setup_logging
 from acn_scale.models import build_model
 from acn_scale.optim import build_optimizer, learning_rate
@@ -72,11 +72,14 @@ def _beside_trainer(text: Path | None, rounds: int, scale: work.Scale) -> Row:
 
 
 class _Timed(Trainer):
-    """Notes when each step began. What comes after the last one is left out."""
+    """Notes when steps end. What comes after the last one is left out."""
 
-    def take(self, step: int):
-        self.times = [*getattr(self, "times", []), time.perf_counter()]
-        return super().take(step)
+    laps: work.Laps
+
+    def take(self, step: int) -> Step:
+        result = super().take(step)
+        self.laps.end_step()
+        return result
 
     def evaluate(self, step: int) -> int:
         return self.depth
@@ -96,7 +99,9 @@ def our_trainer(cfg: Config, device: torch.device) -> Iterator[_Timed]:
         run = open_run_folder(cfg, horizon.steps)
         setup_logging(run, rank=1)  # warnings only
         with StopSignals() as signals, Watchdog(run, 0, 1, 600.0) as watchdog, contextlib.closing(stream):
-            yield _Timed(cfg, device, run, stream, (), horizon, signals, watchdog)
+            trainer = _Timed(cfg, device, run, stream, (), horizon, signals, watchdog)
+            trainer.laps = work.Laps(cfg)
+            yield trainer
 
 
 @contextlib.contextmanager
@@ -108,7 +113,7 @@ def our_loop(cfg: Config) -> Iterator[Measure]:
             gc.collect()  # DeepSpeed's engine of the turn before refers to itself
             with our_trainer(cfg, device) as trainer:
                 trainer.run()
-                return (trainer.times[-1] - trainer.times[0]) / (len(trainer.times) - 1)
+                return trainer.laps.seconds()
 
         yield measure
 
@@ -124,9 +129,8 @@ def bare_loop(cfg: Config) -> Iterator[Measure]:
         optimizer = build_optimizer(model, cfg.optim)
         stream = build_stream(cfg, device=device)
         horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
-        times = []
+        laps = work.Laps(cfg)
         for step in range(horizon.steps):
-            times.append(time.perf_counter())
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cfg.optim, horizon, step)
             loss = model(**{name: values.to(device) for name, values in next(stream).items()})["loss"]
@@ -136,6 +140,7 @@ def bare_loop(cfg: Config) -> Iterator[Measure]:
             optimizer.zero_grad()
             if step % 10 == 9:
                 loss.item()
-        return (times[-1] - times[0]) / (len(times) - 1)
+            laps.end_step()
+        return laps.seconds()
 
     yield measure

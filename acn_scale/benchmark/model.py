@@ -87,7 +87,7 @@ def our_step(cfg: Config, steps: int) -> Iterator[Measure]:
         else:
             stream = build_stream(cfg, device=device)
         engine = build_engine(build_model(cfg.model), cfg, device, 1)
-        yield partial(work.seconds, partial(train_step, engine, stream, work.LR), steps, device)
+        yield partial(work.seconds, partial(train_step, engine, stream, work.LR), steps)
 
 
 @contextmanager
@@ -130,4 +130,4 @@ def _peer(model, loss, batches, cfg: Config, steps: int, device: torch.device) -
         optimizer.step()
         optimizer.zero_grad()
 
-    return partial(work.seconds, step, steps, device)
+    return partial(work.seconds, step, steps)

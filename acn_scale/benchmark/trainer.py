@@ -1,14 +1,11 @@
 """Transformers' Trainer as its users run it: masked tokens of packed sequences, or sentences of classes."""
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from acn_scale.benchmark import work
 from acn_scale.benchmark.sides import Measure
@@ -82,23 +79,20 @@ def build_trainer(cfg: Config, folder: Path, out: Path, *callbacks: Any, **argum
 
 @contextmanager
 def trainer_loop(cfg: Config, folder: Path, out: Path) -> Iterator[Measure]:
-    """Seconds of a step, from the end of the first step to that of the last."""
+    """Seconds of a step."""
     hide_deepspeed()
     from transformers import TrainerCallback
 
-    class Times(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.ends: list[float] = []
+    class Timed(TrainerCallback):
+        def __init__(self) -> None:
+            self.laps = work.Laps(cfg)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.ends.append(time.perf_counter())
-
-    times = Times()
+            self.laps.end_step()
 
     def measure() -> float:
-        build_trainer(cfg, folder, out, times).train()
-        return (times.ends[-1] - times.ends[0]) / (len(times.ends) - 1)
+        timed = Timed()
+        build_trainer(cfg, folder, out, timed).train()
+        return timed.laps.seconds()
 
     yield measure

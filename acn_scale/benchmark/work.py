@@ -126,11 +126,35 @@ def write_peer(to: str, model: ModelConfig, folder: Path, shards: Path | None = 
     return folder
 
 
-def seconds(step: Callable[[], Any], steps: int, device: torch.device) -> float:
+def seconds(step: Callable[[], Any], steps: int) -> float:
     """Of one of these steps, on a GPU until it is done."""
     start = time.perf_counter()
     for _ in range(steps):
         step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / steps
+    return (_now() - start) / steps
+
+
+class Laps:
+    """Seconds of a step of a loop, from the end of its first step to that of its last; a GPU is waited for at these
+    two alone."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.steps = int(cfg.train.length.removesuffix("step"))
+        self.ended = 0
+
+    def end_step(self) -> None:
+        self.ended += 1
+        if self.ended == 1:
+            self.first = _now()
+        elif self.ended == self.steps:
+            self.last = _now()
+
+    def seconds(self) -> float:
+        return (self.last - self.first) / (self.steps - 1)
+
+
+def _now() -> float:
+    """When a GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
