@@ -85,11 +85,13 @@ class Order:
 class BucketedOrder(Order):
     """The same with samples of like length in one batch, so that little of it is padding.
 
-    The batches of about `BUCKETS` in a row are made anew from their own samples, sorted by length, and come in random
-    order. Each sample still comes exactly once an epoch; `lengths` is of the samples as they lie on disk.
+    The samples of `CHUNK` batches in a row are sorted by length, those of each `LIKE` batches mixed again, and the
+    batches come in random order. Each sample still comes exactly once an epoch; `lengths` is of the samples as they lie
+    on disk.
     """
 
-    BUCKETS = 32  # batches
+    CHUNK = 32  # batches
+    LIKE = 4  # batches: with 1, 1 to 9 % fewer tokens are computed on GLUE, and MRPC came out two points lower
 
     def __init__(self, samples_per_shard: np.ndarray, *, lengths: np.ndarray, batch: int, **keys: int) -> None:
         super().__init__(samples_per_shard, **keys)
@@ -107,7 +109,7 @@ class BucketedOrder(Order):
     def _inner(self, epoch: int, position: int) -> int:
         """The position that this one changes places with."""
         first = -(epoch * self.num_samples) % self.batch  # where the first batch of the epoch's own begins
-        size = self.BUCKETS * self.batch
+        size = self.CHUNK * self.batch
         start = 0 if position < first else first + (position - first) // size * size
         end = min(first if position < first else start + size, self.num_samples)
         return int(self._sorted(epoch, start, end)[position - start])
@@ -122,8 +124,11 @@ class BucketedOrder(Order):
         random = np.random.default_rng([self.seed, epoch, start, 2])
         # What is no whole batch comes last and goes on into the next epoch; of any length, not always the longest.
         cut = int(random.integers(batches + 1)) * self.batch
-        whole = np.delete(by_length, np.s_[cut : cut + rest]).reshape(batches, self.batch)
-        return np.concatenate([random.permutation(whole).reshape(-1), by_length[cut : cut + rest]])
+        whole = np.delete(by_length, np.s_[cut : cut + rest])
+        for like in np.split(whole, np.arange(self.LIKE * self.batch, len(whole), self.LIKE * self.batch)):
+            random.shuffle(like)
+        whole = random.permutation(whole.reshape(batches, self.batch))
+        return np.concatenate([whole.reshape(-1), by_length[cut : cut + rest]])
 
 
 class DiskOrder:
