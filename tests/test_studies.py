@@ -1,6 +1,7 @@
 """Studies: what a report says is what the run folders hold; what is finished is not run again; what fails is named."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,11 @@ from statistics import fmean
 
 import pytest
 import torch
+from made import png
 from matplotlib.figure import Figure
 
 from acn_scale.config import Config
+from acn_scale.data import build_evaluation
 from acn_scale.depth import cutoff
 from acn_scale.durations import Horizon
 from acn_scale.early_exit import Readings
@@ -77,6 +80,34 @@ def test_a_study_is_what_its_runs_say(tmp_path: Path) -> None:
 def test_a_run_that_fails_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run of residual was finished: step 1"):
         reproduce("twins", study("data.mean=[1e30]", "health.on_bad_step=fail"), setting(tmp_path, 0), workers=1)
+
+
+def photos(folder: Path, split: str, colour: int) -> None:
+    """Two classes of photos that are not square, under names that do not tell of the split."""
+    for label, name in enumerate(("ant", "bee")):
+        (folder / split / name).mkdir(parents=True)
+        for number in range(4):
+            content = png(30 + number, 22, colour + 100 * label + number)
+            (folder / split / name / f"{number}.png").write_bytes(content)
+
+
+def test_a_study_of_a_folder_of_photos(tmp_path: Path) -> None:
+    """Cropped to squares, and never evaluated on what it was trained on."""
+    here = setting(tmp_path, 0)
+    photos(tmp_path / "photos", "train", 10)
+    photos(tmp_path / "photos", "val", 50)
+    trial = study().trials(here)[0]
+    data = runner._images(tmp_path / "data", replace(trial, selection={}), f"folder:{tmp_path}/photos")
+    cfg = trial.config_of(0, here, data)
+    batch, _ = next(iter(build_evaluation(cfg)))
+    assert batch["images"].shape == (8, 1, 16, 16) and batch["labels"].tolist().count(0) == 4
+    train = {bytes(image) for image in batch["images"].numpy()}
+    trained_on = cfg.model_copy(update={"data": cfg.data.model_copy(update={"eval": cfg.data.train})})
+    assert train.isdisjoint(bytes(image) for image in next(iter(build_evaluation(trained_on)))[0]["images"].numpy())
+    for source in (f"folder:{tmp_path}/photos/train", f"wds:{tmp_path}/data/*/all/train/*.tar"):
+        with pytest.raises(UserError, match=f"^--data {re.escape(source)}: its images .* must be .* in train/ and in "):
+            reproduce("twins", study(), replace(here, data=source), workers=1)
+        assert not here.folder.exists()
 
 
 def config_of(trial: Trial, here: Setting) -> Config:

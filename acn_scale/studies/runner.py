@@ -18,9 +18,11 @@ from tqdm import tqdm
 from acn_scale import distributed
 from acn_scale.checkpoint import complete
 from acn_scale.config import Config
+from acn_scale.data.image_sources import open_images
 from acn_scale.data.make_images import make_image_shards
 from acn_scale.data.make_text import make_text_shards, train_source_tokenizer
 from acn_scale.data.shards import ShardIndex
+from acn_scale.data.sources import EVAL_NAMES
 from acn_scale.data.text_sources import TextSources
 from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import UserError
@@ -103,13 +105,15 @@ def _text(folder: Path) -> list[str]:
 
 
 def _images(root: Path, trial: Trial, source: str) -> list[str]:
+    _check_splits(source)
     part = "-".join(f"{key}={value}" for key, value in trial.selection.items()) or "all"
     folder = root / re.sub(r"\W+", "_", source) / part
     resize = None if source == "digits" else SMALL
     for split in ("train", "eval"):
         # All of the evaluation set, whatever is left out of the training set.
         keys = {key: value for key, value in trial.selection.items() if split == "train" or key != "per_class"}
-        make_image_shards(source, split, folder / split, workers=os.cpu_count() or 1, resize=resize, **keys)
+        keys |= {"resize": resize, "square": resize is not None}
+        make_image_shards(source, split, folder / split, workers=os.cpu_count() or 1, **keys)
     info = ShardIndex.load(folder / "train").info
     values = [f'data.train="{folder}/train"', f'data.eval="{folder}/eval"']
     values.append(f"model.num_classes={len(info['classes'])}")
@@ -117,6 +121,17 @@ def _images(root: Path, trial: Trial, source: str) -> list[str]:
         values += [f"model.image_size={SMALL}", "model.patch_size=4", f"model.channels={len(info['mean'])}"]
         values.append(f"train.length={STEPS}step")
     return values
+
+
+def _check_splits(source: str) -> None:
+    """Raises UserError where images are trained on and evaluated on alike: not all sources tell splits apart."""
+    train, evaluation = (open_images(source, split) for split in ("train", "eval"))
+    # What a source calls its images may be the same in both splits; so are their bytes only where there is one split.
+    if train.identity == evaluation.identity and [*train.read(0, 100)] == [*evaluation.read(0, 100)]:
+        raise UserError(
+            f"--data {source}: its images for training and evaluation are the same; must be digits, cifar:FOLDER, "
+            f"hf:NAME, or folder:FOLDER with folders of classes in train/ and in one of {'/, '.join(EVAL_NAMES)}/"
+        )
 
 
 def _run(name: str, study: Study, configs: Sequence[Config], workers: int) -> dict[str, str]:
