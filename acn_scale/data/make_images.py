@@ -80,8 +80,8 @@ def make_image_shards(
     """Write the images of a source as shards of `shard_size`, each image as the bytes that it came in.
 
     `first_classes`, `skip_classes` and `per_class` take some of them only, as select does. With `resize`, images whose
-    shorter side is longer than that are made smaller, JPEGs with quality 95; with `square`, all become the middle square
-    of that size. What is no image is left out and listed in the index. The same shards come whatever `workers` is.
+    shorter side is longer than that are made smaller, JPEGs with quality 95; with `square`, all become the middle
+    square of that size. What is no image is left out and listed in the index. The same shards come whatever `workers` is.
     Raises UserError.
     """
     images = open_images(source, split, classes=classes, streaming=streaming)
@@ -160,7 +160,7 @@ def _write(
 
 
 def shrunk(image: Image.Image, *, resize: int, square: bool) -> Image.Image:
-    """With a shorter side of `resize` at most, or the middle as a square of it; the same image where it is that already."""
+    """With a shorter side of `resize` at most, or its middle as a square of that; the same object where that is so."""
     if image.size == (resize, resize) or (not square and min(image.size) <= resize):
         return image
     image = image if image.mode in ("L", "RGB") else image.convert("RGB")
