@@ -82,6 +82,30 @@ def test_a_run_that_fails_is_named(tmp_path: Path) -> None:
         reproduce("twins", study("data.mean=[1e30]", "health.on_bad_step=fail"), setting(tmp_path, 0), workers=1)
 
 
+def test_a_variant_that_fails_is_left_out(tmp_path: Path) -> None:
+    """Of the table, where the findings can do without it, and named."""
+    whole = study("data.mean=[1e30]", "health.on_bad_step=fail")
+
+    def trials(here: Setting) -> list[Trial]:
+        return [replace(trial, needed=trial.name == "acn") for trial in whole.trials(here)]
+
+    here = setting(tmp_path, 0)
+    reproduce("twins", replace(whole, trials=trials), here, workers=1)
+    said = json.loads((here.folder / "report/twins.json").read_text())
+    assert [row[0] for row in said["table"][1:]] == ["acn"]
+    assert said["sentences"][1].startswith("failed: residual/seed=0: step 1")
+
+
+@pytest.mark.parametrize("name", MORE_THAN_TWINS - {"continual"})
+def test_a_study_ends_where_a_twin_is_lost(tmp_path: Path, name: str) -> None:
+    """And not where another variant is."""
+    needed = [trial.name for trial in STUDIES[name].trials(setting(tmp_path, 0)) if trial.needed]
+    twins = ["acn", "residual"]
+    assert sorted(needed) == (
+        [f"{task}-residual" for task in ("bert", "mixer", "vit")] if name == "training-cost" else twins
+    )
+
+
 def photos(folder: Path, split: str, colour: int) -> None:
     """Two classes of photos that are not square, under names that do not tell of the split."""
     for label, name in enumerate(("ant", "bee")):

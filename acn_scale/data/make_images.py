@@ -80,9 +80,9 @@ def make_image_shards(
     """Write the images of a source as shards of `shard_size`, each image as the bytes that it came in.
 
     `first_classes`, `skip_classes` and `per_class` take some of them only, as select does. With `resize`, images whose
-    shorter side is longer than that are made smaller, JPEGs with quality 95; with `square`, all become the middle
-    square of that size. What is no image is left out and listed in the index. The same shards come whatever `workers` is.
-    Raises UserError.
+    shorter side is longer than that are made smaller, JPEGs with quality 95; with `square`, all become their middle
+    square of that size. What is no image is left out and listed in the index. The same shards come whatever `workers`
+    is. Raises UserError.
     """
     images = open_images(source, split, classes=classes, streaming=streaming)
     images = select(images, first_classes=first_classes, per_class=per_class, skip_classes=skip_classes)

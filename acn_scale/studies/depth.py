@@ -15,8 +15,7 @@ from acn_scale.studies.study import (
     Setting,
     Study,
     Trial,
-    difference,
-    paired,
+    compared,
     per_cent,
     spread,
 )
@@ -70,7 +69,8 @@ def findings_of(name: str, runs: Mapping[str, Runs], setting: Setting) -> Findin
     sentences = []
     for trial, each in runs.items():
         if trial.startswith("acn"):
-            sentences.append(_compared(trial, each, runs[trial.replace("acn", "residual")]))
+            the = f"{trial.partition('-')[2]} classes: the" if "-" in trial else "The"
+            sentences.append(compared(each, runs[trial.replace("acn", "residual")], the))
     grown = [fmean(runs[f"acn-{classes}"].cutoffs) for classes in CLASSES] if f"acn-{CLASSES[0]}" in runs else []
     if grown:
         grows = "grows" if grown == sorted(set(grown)) else "does not grow"
@@ -79,18 +79,6 @@ def findings_of(name: str, runs: Mapping[str, Runs], setting: Setting) -> Findin
     if setting.scale == "laptop":
         sentences.append("The published values are of larger networks, other data and 100 to 700 epochs.")
     return Findings(table, curves(runs), sentences)
-
-
-def _compared(name: str, acn: Runs, twin: Runs) -> str:
-    acn, twin = paired(acn, twin)
-    pairs = list(zip(acn.cutoffs, twin.cutoffs, strict=True))
-    below = sum(one < other for one, other in pairs)
-    gap = 100 * (acn.mean_accuracy[-1] - twin.mean_accuracy[-1])
-    where = f"{name.partition('-')[2]} classes: " if "-" in name else ""
-    return (
-        f"{where}the ACN's cut-off is below its twin's on {below} of {len(pairs)} seeds; its accuracy at full depth is "
-        f"{difference(gap)}."
-    )
 
 
 def curves(runs: Mapping[str, Runs]) -> Figure:

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from acn_scale import distributed
-from acn_scale.checkpoint import complete
+from acn_scale.checkpoint import trained
 from acn_scale.config import Config
 from acn_scale.data.image_sources import open_images
 from acn_scale.data.make_images import make_image_shards
@@ -28,7 +28,7 @@ from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import UserError
 from acn_scale.files import write_together
 from acn_scale.pretrain import train
-from acn_scale.runs import check_run_folder, read_json, run_folder
+from acn_scale.runs import check_run_folder, run_folder
 from acn_scale.stopping import end_with_parent
 from acn_scale.studies.study import Findings, Runs, Setting, Study, Trial
 from acn_scale.tables import aligned, markdown
@@ -40,7 +40,8 @@ STEPS = 1500  # of a run on other images than the digits, of which an epoch may 
 def reproduce(name: str, study: Study, setting: Setting, workers: int) -> str:
     """Make the data, run what is missing, write report/<study>.md, .png and .json; return the report as text.
 
-    A run that fails does not stop the others; the report names it. Raises UserError.
+    A run that fails does not stop the others; the report names it. A trial of which no run was finished has no place in
+    the report, and ends the study where the findings need it. Raises UserError.
     """
     done: dict[str, Runs] = {}
     failures: dict[str, str] = {}
@@ -51,9 +52,12 @@ def reproduce(name: str, study: Study, setting: Setting, workers: int) -> str:
         for cfg in each:
             check_run_folder(cfg)
         failures |= _run(name, study, [cfg for cfg in each if not finished(cfg, study)], workers)
-        done |= {trial: Runs([cfg for cfg in runs if finished(cfg, study)]) for trial, runs in configs.items()}
-        if lost := [trial for trial in configs if not done[trial].configs]:
-            raise UserError(f"{name}: no run of {lost[0]} was finished: {next(iter(failures.values()), 'stopped')}")
+        for trial in stage:
+            if ended := [cfg for cfg in configs[trial.name] if finished(cfg, study)]:
+                done[trial.name] = Runs(ended)
+            elif trial.needed:
+                reasons = [failures[cfg.run.name] for cfg in configs[trial.name] if cfg.run.name in failures]
+                raise UserError(f"{name}: no run of {trial.name} was finished: {(reasons or ['stopped'])[0]}")
     return _write(name, study, setting, study.findings(done, setting), failures)
 
 
@@ -78,13 +82,7 @@ def _configs(trial: Trial, setting: Setting, done: Mapping[str, Runs]) -> list[C
 
 def finished(cfg: Config, study: Study) -> bool:
     """Trained and, where the study asks for more, measured."""
-    return _trained(cfg) and (study.measure is None or any(run_folder(cfg).glob(study.leaves)))
-
-
-def _trained(cfg: Config) -> bool:
-    folder = run_folder(cfg)
-    checkpoints = complete(folder)
-    return bool(checkpoints) and checkpoints[-1].name == f"step_{read_json(folder / 'environment.json')['steps']:08d}"
+    return trained(cfg) and (study.measure is None or any(run_folder(cfg).glob(study.leaves)))
 
 
 def _data(trial: Trial, setting: Setting) -> list[str]:
@@ -168,7 +166,7 @@ def _start_worker() -> None:
 def _train(values: dict[str, Any], measure: Callable[[Config], None] | None) -> None:
     """In a worker: one run, alone."""
     cfg = Config.model_validate(values)
-    if not _trained(cfg) and not train(cfg, distributed.local_device()):
+    if not trained(cfg) and not train(cfg, distributed.local_device()):
         raise UserError("stopped by a signal")
     if measure:
         measure(cfg)

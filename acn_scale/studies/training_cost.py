@@ -59,7 +59,7 @@ def trials(setting: Setting) -> list[Trial]:
         for way in OF_BERT if task == "bert" else WAYS:
             length = lengthened(usual, LONGER[way]) if way in LONGER else usual
             keys = [*values, f"train.length={length}", *WAYS[way]]
-            found.append(Trial(f"{task}-{way}", config, keys, data if laptop else None))
+            found.append(Trial(f"{task}-{way}", config, keys, data if laptop else None, needed=way == TWIN))
     return found
 
 
