@@ -1,9 +1,11 @@
 """Studies: what a report says is what the run folders hold; what is finished is not run again; what fails is named."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 
@@ -11,7 +13,10 @@ import pytest
 import torch
 from made import png
 from matplotlib.figure import Figure
+from test_launch import sweep
 
+from acn_scale import distributed
+from acn_scale.cli import load_config
 from acn_scale.config import Config
 from acn_scale.data import build_evaluation
 from acn_scale.depth import cutoff
@@ -94,6 +99,83 @@ def test_a_variant_that_fails_is_left_out(tmp_path: Path) -> None:
     said = json.loads((here.folder / "report/twins.json").read_text())
     assert [row[0] for row in said["table"][1:]] == ["acn"]
     assert said["sentences"][1].startswith("failed: residual/seed=0: step 1")
+
+
+def test_a_report_names_the_data_that_was_used(tmp_path: Path) -> None:
+    """What the study made, and what the configs name."""
+    here, whole = setting(tmp_path, 0), study()
+
+    def trials(where: Setting) -> list[Trial]:
+        acn, twin = whole.trials(where)
+        reproduce("first", whole, where, workers=1)
+        shards = runner._data(twin, where)  # as a config of the paper names its own
+        return [acn, replace(twin, name="other", data=None, overrides=[*shards, *twin.overrides])]
+
+    reproduce("twins", replace(whole, trials=trials), here, workers=1)
+    said = json.loads((here.folder / "report/twins.json").read_text())["setting"]
+    assert said == f"laptop scale, digits, {here.folder.parent}/data/digits/first_classes=4-per_class=20/train, seeds 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "what"),
+    [("depth-bert", "laptop", "is of pydoc"), ("depth-vit", "paper", "is of the shards that its configs name")],
+)
+def test_data_that_nothing_takes_is_refused(tmp_path: Path, name: str, scale: str, what: str) -> None:
+    here = replace(setting(tmp_path, 0, scale=scale), data="cifar:images")
+    with pytest.raises(UserError, match=f"^--data cifar:images: {name} at {scale} scale {what}; leave --data out$"):
+        reproduce(name, STUDIES[name], here, workers=1)
+    assert not here.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [(4, (2, 2)), (5, (2, 2)), (6, (3, 2)), (7, (3, 2)), (10, (5, 2)), (12, (5, 2)), (17, (5, 3)), (25, (5, 5)),
+     (37, (7, 5)), (100, (20, 5))],
+)  # fmt: skip
+def test_classes_come_out_even(tmp_path: Path, classes: int, expected: tuple[int, int]) -> None:
+    """Each config of the continual study holds for as many classes as its data then have."""
+    for split in ("train", "val"):
+        for number in range(classes):
+            (tmp_path / "images" / split / f"{number:03d}").mkdir(parents=True)
+            (tmp_path / "images" / split / f"{number:03d}" / "one.png").write_bytes(png())
+    here = replace(setting(tmp_path, 0), data=f"folder:{tmp_path}/images")
+    for trial in STUDIES["continual"].trials(here):
+        left = trial.selection.get("first_classes", classes)
+        cfg = trial.config_of(0, here, [f"model.num_classes={left}"])
+        assert (cfg.continual.tasks, left // cfg.continual.tasks) == expected
+
+
+def test_too_few_classes_for_tasks(tmp_path: Path) -> None:
+    photos(tmp_path / "photos", "train", 10)
+    here = replace(setting(tmp_path, 0), data=f"folder:{tmp_path}/photos")
+    with pytest.raises(UserError, match="2 classes: must be 4 or more, for two tasks of two each"):
+        STUDIES["continual"].trials(here)
+
+
+def test_a_sweep_trains_what_the_study_would(tmp_path: Path) -> None:
+    """As the README has it for clusters."""
+    here = setting(tmp_path, 1, scale="paper")
+    (trial, _) = STUDIES["depth-vit"].trials(here)
+    (seed,) = sweep.combinations([], [1])
+    values = [*seed, f"run.dir={here.folder}", f"run.name=acn/{sweep.run_name(seed)}"]
+    assert load_config(CONFIGS / "vit/ac_vit_b16.toml", values) == trial.config_of(1, here, [])
+
+
+def test_each_worker_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its own, as far as there are as many; this machine's workers have the CPU."""
+    started = get_context("spawn").Value("i", 0)
+    taken = []
+    for gpus in (2, 2, 2, 0):
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        runner._take_gpu(started, gpus)
+        taken.append(os.environ.get("LOCAL_RANK"))
+    assert taken == ["0", "1", "0", None]
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    distributed._export_environment()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("0", "1", "1")
 
 
 @pytest.mark.parametrize("name", MORE_THAN_TWINS - {"continual"})
@@ -239,12 +321,25 @@ def test_what_a_depth_study_says(tmp_path: Path) -> None:
     assert "2 classes: the ACN's cut-off is below its twin's on 2 of 2 seeds" in found.sentences[0]
     assert "10 classes: the ACN's cut-off is below its twin's on 0 of 2 seeds" in found.sentences[2]
     runs["acn-10"] = runs["acn-2"]
+    assert found.sentences[-1] == "Here: 12 blocks of width 64, train.length = 30ep of the ACN and 30ep of its twin."
     assert "does not grow" in " ".join(depth.findings_of("depth-mixer", runs, here).sentences)
     runs["acn-2"] = Runs(runs["acn-2"].configs[1:])  # whose first seed failed
     assert (
         "2 classes: the ACN's cut-off is below its twin's on 1 of 1"
         in depth.findings_of("depth-mixer", runs, here).sentences[0]
     )
+
+
+def test_what_a_depth_study_is_of(tmp_path: Path) -> None:
+    """At the paper's scale its ViTs and BERTs are trained as published, its Mixers longer."""
+    here = setting(tmp_path, 0, scale="paper")
+    for name, said in {
+        "depth-vit": "12 blocks of width 768, train.length = 700ep of the ACN and 300ep of its twin.",
+        "depth-bert": "12 blocks of width 768, train.length = 2ep of the ACN and 1ep of its twin.",
+        "depth-mixer": "16 blocks of width 128, train.length = 700ep of the ACN and 700ep of its twin.",
+    }.items():
+        runs = {trial.name: Runs([config_of(trial, here)]) for trial in STUDIES[name].trials(here)}
+        assert depth.trained(runs) == f"Here: {said}"
 
 
 def test_a_run_starts_from_the_one_of_its_seed(tmp_path: Path) -> None:

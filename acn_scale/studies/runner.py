@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from acn_scale import distributed
@@ -33,6 +35,7 @@ from acn_scale.stopping import end_with_parent
 from acn_scale.studies.study import Findings, Runs, Setting, Study, Trial
 from acn_scale.tables import aligned, markdown
 
+TEXT = "pydoc"  # the source of it at laptop scale
 SMALL = 16  # pixels: laptop scale
 STEPS = 1500  # of a run on other images than the digits, of which an epoch may be long
 
@@ -43,9 +46,13 @@ def reproduce(name: str, study: Study, setting: Setting, workers: int) -> str:
     A run that fails does not stop the others; the report names it. A trial of which no run was finished has no place in
     the report, and ends the study where the findings need it. Raises UserError.
     """
+    trials = study.trials(setting)
+    if setting.data != "digits" and all(trial.data != "images" for trial in trials):
+        what = "the shards that its configs name" if setting.scale == "paper" else TEXT
+        raise UserError(f"--data {setting.data}: {name} at {setting.scale} scale is of {what}; leave --data out")
     done: dict[str, Runs] = {}
     failures: dict[str, str] = {}
-    for stage in _stages(study.trials(setting)):
+    for stage in _stages(trials):
         configs = {trial.name: _configs(trial, setting, done) for trial in stage}
         # All variants of a seed before the next seed: what the machine does meanwhile is then alike for all.
         each = sorted((cfg for runs in configs.values() for cfg in runs), key=lambda cfg: cfg.run.seed)
@@ -58,7 +65,10 @@ def reproduce(name: str, study: Study, setting: Setting, workers: int) -> str:
             elif trial.needed:
                 reasons = [failures[cfg.run.name] for cfg in configs[trial.name] if cfg.run.name in failures]
                 raise UserError(f"{name}: no run of {trial.name} was finished: {(reasons or ['stopped'])[0]}")
-    return _write(name, study, setting, study.findings(done, setting), failures)
+    sources = {"images": setting.data, "text": TEXT}
+    data = [sources.get(trial.data, done[trial.name].configs[0].data.train) for trial in trials if trial.name in done]
+    where = f"{setting.scale} scale, {', '.join(dict.fromkeys(data))}, seeds {', '.join(map(str, setting.seeds))}"
+    return _write(name, study, setting.folder / "report", where, study.findings(done, setting), failures)
 
 
 def _stages(trials: Sequence[Trial]) -> list[list[Trial]]:
@@ -90,12 +100,12 @@ def _data(trial: Trial, setting: Setting) -> list[str]:
     if trial.data is None:
         return []
     root = setting.folder.parent / "data"
-    return _text(root / "pydoc") if trial.data == "text" else _images(root, trial, setting.data)
+    return _text(root / TEXT) if trial.data == "text" else _images(root, trial, setting.data)
 
 
 def _text(folder: Path) -> list[str]:
     """Of the language reference that comes with Python, as in the quickstart."""
-    source, tokenizer = TextSources(["pydoc"]), folder / "tokenizer"
+    source, tokenizer = TextSources([TEXT]), folder / "tokenizer"
     if not (tokenizer / TOKENIZER_NAME).exists():
         train_source_tokenizer(source, 1024, tokenizer, eval_share=0.1, character_coverage=1.0)
     make_text_shards(source, tokenizer, folder, tokens=64)
@@ -140,7 +150,9 @@ def _run(name: str, study: Study, configs: Sequence[Config], workers: int) -> di
     bar = tqdm(total=len(configs), desc=name, unit="run", mininterval=0.5 if sys.stderr.isatty() else 20)
     # One thread each; started anew, since a process that has trained may hold locks that a fork would copy.
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(min(workers, len(configs)), get_context("spawn"), initializer=_start_worker) as pool:
+    context = get_context("spawn")
+    started = context.Value("i", 0)
+    with ProcessPoolExecutor(min(workers, len(configs)), context, _start_worker, (started,)) as pool:
         waiting = {pool.submit(_train, cfg.model_dump(mode="json"), study.measure): cfg for cfg in configs}
         for future in as_completed(waiting):
             error = future.exception()
@@ -151,12 +163,26 @@ def _run(name: str, study: Study, configs: Sequence[Config], workers: int) -> di
     return failures
 
 
-def _start_worker() -> None:
+def usual_workers() -> int:
+    """One for each GPU, or for each core where there is no GPU."""
+    return torch.cuda.device_count() or os.cpu_count() or 1
+
+
+def _take_gpu(started: Synchronized, gpus: int) -> None:
+    """Worker number 0, 1, ... takes the GPU of that number; `started` counts the workers."""
+    with started.get_lock():
+        number, started.value = started.value, started.value + 1
+    if gpus:
+        os.environ["LOCAL_RANK"] = str(number % gpus)
+
+
+def _start_worker(started: Synchronized) -> None:
     """The study has one bar of its own; each run's log is in its folder.
 
     All runs of a worker share one process group: DeepSpeed keeps hold of the first one it sees.
     """
     end_with_parent()
+    _take_gpu(started, torch.cuda.device_count())
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     stack = ExitStack()
     stack.enter_context(distributed.process_group())
@@ -172,8 +198,8 @@ def _train(values: dict[str, Any], measure: Callable[[Config], None] | None) -> 
         measure(cfg)
 
 
-def _write(name: str, study: Study, setting: Setting, findings: Findings, failures: Mapping[str, str]) -> str:
-    where = f"{setting.scale} scale, {setting.data}, seeds {', '.join(map(str, setting.seeds))}"
+def _write(name: str, study: Study, folder: Path, where: str, findings: Findings, failures: Mapping[str, str]) -> str:
+    """The report; `where`: at which scale, of what data and seeds."""
     lines = [*findings.sentences, *(f"failed: {run}: {reason}" for run, reason in failures.items())]
     text = f"# {name}: {study.what}\n\n{where}\n\n{markdown(findings.table)}\n\n" + "\n".join(
         f"- {line}" for line in lines
@@ -186,7 +212,6 @@ def _write(name: str, study: Study, setting: Setting, findings: Findings, failur
         f"{name}.png": picture.getvalue(),
         f"{name}.json": (json.dumps(values, indent=1) + "\n").encode(),
     }
-    folder = setting.folder / "report"
     write_together(folder, files)
     return (
         f"{aligned(findings.table)}\n\n"
