@@ -438,12 +438,14 @@ def test_what_is_said_of_training_cost(tmp_path: Path, digits: Path) -> None:
     # On the Mixer the two seeds of "cut" come to 0.8 and 0.9; those of "acn" to 0.9 at 30 steps, one of them too late:
     # of that seed nothing was read out in time.
     assert (
-        "Closest to it, by the best evaluation within that time: cut on vit (0.0 points above its twin), "
+        "Closest to it, by the best evaluation within that time: cut on 2 of 2 tasks, vit (0.0 points above its twin), "
         "mixer (5.0 points below its twin)." in said
     )
     del runs["vit-cut"], runs["mixer-cut"]
     (closest,) = [line for line in training_cost.findings(runs, here).sentences if line.startswith("Closest")]
-    assert closest.count(";") == 1 and "clip_before_unscale on mixer (10.0 points below its twin)" in closest
+    assert (
+        closest.count(";") == 1 and "clip_before_unscale on 1 of 2 tasks, mixer (10.0 points below its twin)" in closest
+    )
 
 
 def test_ways_to_read_out() -> None:

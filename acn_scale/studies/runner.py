@@ -47,7 +47,9 @@ def reproduce(name: str, study: Study, setting: Setting, workers: int) -> str:
     the report, and ends the study where the findings need it. Raises UserError.
     """
     trials = study.trials(setting)
-    if setting.data != "digits" and all(trial.data != "images" for trial in trials):
+    if any(trial.data == "images" for trial in trials):
+        _check_splits(setting.data)
+    elif setting.data != "digits":
         what = "the shards that its configs name" if setting.scale == "paper" else TEXT
         raise UserError(f"--data {setting.data}: {name} at {setting.scale} scale is of {what}; leave --data out")
     done: dict[str, Runs] = {}
@@ -113,7 +115,6 @@ def _text(folder: Path) -> list[str]:
 
 
 def _images(root: Path, trial: Trial, source: str) -> list[str]:
-    _check_splits(source)
     part = "-".join(f"{key}={value}" for key, value in trial.selection.items()) or "all"
     folder = root / re.sub(r"\W+", "_", source) / part
     resize = None if source == "digits" else SMALL

@@ -177,7 +177,11 @@ def closest(gaps: ByWay) -> str:
             way = max(ways, key=ways.__getitem__)
             points = difference(ways[way], "above", "below")
             best.setdefault(way, []).append(f"{task} ({points} its twin)")
-    parts = [f"{way} on {', '.join(tasks)}" for way, tasks in sorted(best.items(), key=lambda each: -len(each[1]))]
+    of = sum(map(len, best.values()))
+    parts = [
+        f"{way} on {len(tasks)} of {of} tasks, {', '.join(tasks)}"
+        for way, tasks in sorted(best.items(), key=lambda each: -len(each[1]))
+    ]
     return f"Closest to it, by the best evaluation within that time: {'; '.join(parts)}."
 
 
