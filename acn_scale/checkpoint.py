@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from acn_scale import distributed, reshape
+from acn_scale.config import Config
 from acn_scale.data.stream import Stream
 from acn_scale.errors import UserError
-from acn_scale.runs import read_json, write_json
+from acn_scale.runs import read_json, run_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -213,6 +214,13 @@ def _failed(path: Path, error: OSError) -> str:
 def complete(folder: Path) -> list[Path]:
     """A run's complete checkpoints, oldest first."""
     return sorted(path.parent for path in (folder / "checkpoints").glob(f"step_*/{STATE_NAME}"))
+
+
+def trained(cfg: Config) -> bool:
+    """Whether the run has come to its end: its newest complete checkpoint is of its last step."""
+    folder = run_folder(cfg)
+    checkpoints = complete(folder)
+    return bool(checkpoints) and checkpoints[-1].name == f"step_{read_json(folder / 'environment.json')['steps']:08d}"
 
 
 def damage(path: Path, part: int = 0, parts: int = 1) -> list[str]:

@@ -51,7 +51,8 @@ def _export_environment() -> None:
         number = 7 * int(os.environ["SLURM_JOB_ID"]) + int(os.environ.get("SLURM_RESTART_COUNT", 0))
         os.environ.setdefault("MASTER_PORT", str(20_000 + number % 20_000))
     if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.setdefault("LOCAL_RANK", "0")  # one of several GPUs, where each has a run of its own
         os.environ["MASTER_PORT"] = str(_free_port())
 
 

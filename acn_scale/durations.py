@@ -25,7 +25,7 @@ Duration = Annotated[str, AfterValidator(_duration)]
 Length = Annotated[Duration, AfterValidator(_length)]
 
 
-def lengthened(length: Length, times: float) -> Length:
+def lengthened(length: Duration, times: float) -> Duration:
     """300ep -> 450.0ep, for 1.5 times."""
     number, unit = _parts(length)
     return f"{round(times * number, 3)}{unit}"

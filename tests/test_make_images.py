@@ -180,6 +180,11 @@ def test_resizing_keeps_what_is_small(tmp_path: Path) -> None:
     sizes = {Image.open(io.BytesIO(content)).size for content, _ in written(tmp_path / "out")}
     assert sizes == {(7, 5), (20, 10)}
     assert png(7, 5) in [content for content, _ in written(tmp_path / "out")]
+    (tmp_path / "in" / "a" / "fits.png").write_bytes(png(10, 10))
+    make_image_shards(f"folder:{tmp_path}/in", "train", tmp_path / "square", resize=10, square=True)
+    images = [content for content, _ in written(tmp_path / "square")]
+    assert len(images) == 3 and {Image.open(io.BytesIO(content)).size for content in images} == {(10, 10)}
+    assert png(10, 10) in images
 
 
 def test_classes_in_another_order(class_folders: Path, pictures: list[Sample], tmp_path: Path) -> None:

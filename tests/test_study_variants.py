@@ -81,7 +81,7 @@ def test_the_cutoff_of_a_network_that_learned_nothing_is_none(tmp_path: Path) ->
     here = test_studies.setting(tmp_path, 0)
     curves = {"feedforward": [0.1, 0.1, 0.1, 0.1], "acn": [0.1, 0.7, 0.9, 0.9], "residual": [0.1, 0.2, 0.5, 0.92]}
     said = connectivity.sentences({name: written(here, name, read_out(curve)) for name, curve in curves.items()})
-    assert "below its residual twin's on 1 of 1 seeds; its accuracy at full depth is 2.0 points lower" in said[0]
+    assert "below its twin's on 1 of 1 seeds; its accuracy at full depth is 2.0 points lower" in said[0]
     assert said[1] == "residual is the most accurate; of the 2 within 3 points of it, acn has the lowest cut-off."
     assert said[2:] == ["feedforward has hardly learned: its curve is flat, and its cut-off says nothing."]
 

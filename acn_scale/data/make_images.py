@@ -5,14 +5,15 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from acn_scale.data.image_sources import ImageSource, RawImage, encode_png, open_images
@@ -28,6 +29,8 @@ MEASURED = 10_000  # about so many images are decoded for the mean and deviation
 MEASURED_OF_UNKNOWN = 16  # every so manyth, where nothing tells how many there are
 KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # formats whose files are kept as they are
 QUALITY = 95  # of JPEGs that are made smaller
+
+Shrink = Callable[[Image.Image], Image.Image]
 
 
 @dataclass
@@ -67,6 +70,7 @@ def make_image_shards(
     shard_size: int = 1000,
     workers: int = 1,
     resize: int | None = None,
+    square: bool = False,
     classes: Sequence[str] | None = None,
     streaming: bool = False,
     first_classes: int | None = None,
@@ -76,19 +80,21 @@ def make_image_shards(
     """Write the images of a source as shards of `shard_size`, each image as the bytes that it came in.
 
     `first_classes`, `skip_classes` and `per_class` take some of them only, as select does. With `resize`, images whose
-    shorter side is longer than that are made smaller, JPEGs with quality 95. What is no image is left out and listed in
-    the index. The same shards come whatever `workers` is. Raises UserError.
+    shorter side is longer than that are made smaller, JPEGs with quality 95; with `square`, all become their middle
+    square of that size. What is no image is left out and listed in the index. The same shards come whatever `workers`
+    is. Raises UserError.
     """
     images = open_images(source, split, classes=classes, streaming=streaming)
     images = select(images, first_classes=first_classes, per_class=per_class, skip_classes=skip_classes)
     plan = {"source": source, "split": split, "shard_size": shard_size, "resize": resize}
-    plan |= {"classes": list(images.classes), "images": images.identity}
+    plan |= {"classes": list(images.classes), "images": images.identity} | ({"square": True} if square else {})
+    shrink = partial(shrunk, resize=resize, square=square) if resize else None
     with Making(folder, plan) as making:
         if making.index:
             return making.index
         shards, left_out, pixels = [], [], Pixels()
         bar = tqdm(total=images.size, desc=str(folder), unit="image", unit_scale=True)
-        for shard, notes in _shards(making, images, shard_size, resize, workers):
+        for shard, notes in _shards(making, images, shard_size, shrink, workers):
             shards.append(shard)
             left_out += notes["left_out"]
             pixels.merge(notes["pixels"])
@@ -104,23 +110,23 @@ def make_image_shards(
 
 
 def _shards(
-    making: Making, images: ImageSource, shard_size: int, resize: int | None, workers: int
+    making: Making, images: ImageSource, shard_size: int, shrink: Shrink | None, workers: int
 ) -> Iterator[tuple[Shard, dict[str, Any]]]:
     """All shards with their notes, those of an earlier run first made again only where they are not whole."""
     if images.size is None:  # one process reads on; there is nothing that others could do meanwhile
-        yield from _shards_of_stream(making, images, shard_size, resize)
+        yield from _shards_of_stream(making, images, shard_size, shrink)
         return
     every = max(1, images.size // MEASURED)
 
     def make(number: int) -> tuple[Shard, dict[str, Any]]:
         raw = images.read(number * shard_size, min((number + 1) * shard_size, images.size))
-        return making.done(number) or _write(making, number, shard_size, raw, resize, every)
+        return making.done(number) or _write(making, number, shard_size, raw, shrink, every)
 
     yield from in_order(make, range(math.ceil(images.size / shard_size)), workers)
 
 
 def _shards_of_stream(
-    making: Making, images: ImageSource, shard_size: int, resize: int | None
+    making: Making, images: ImageSource, shard_size: int, shrink: Shrink | None
 ) -> Iterator[tuple[Shard, dict[str, Any]]]:
     number = 0
     while done := making.done(number):
@@ -128,19 +134,19 @@ def _shards_of_stream(
         number += 1
     rest = images.read(number * shard_size, None)
     while raw := list(islice(rest, shard_size)):
-        yield _write(making, number, shard_size, raw, resize, MEASURED_OF_UNKNOWN)
+        yield _write(making, number, shard_size, raw, shrink, MEASURED_OF_UNKNOWN)
         number += 1
 
 
 def _write(
-    making: Making, number: int, shard_size: int, raw: Iterable[RawImage], resize: int | None, every: int
+    making: Making, number: int, shard_size: int, raw: Iterable[RawImage], shrink: Shrink | None, every: int
 ) -> tuple[Shard, dict[str, Any]]:
     pixels, left_out = Pixels(), []
 
     def records() -> Iterator[dict[str, Any]]:
         for position, image in enumerate(raw, number * shard_size):
             try:
-                extension, content = prepare(image.content, resize, pixels if position % every == 0 else None)
+                extension, content = prepare(image.content, shrink, pixels if position % every == 0 else None)
             except BadData as error:
                 left_out.append(f"{image.name or f'image {position}'}: {error}")
                 continue
@@ -153,19 +159,25 @@ def _write(
     return shard, notes
 
 
-def prepare(content: bytes, resize: int | None, pixels: Pixels | None) -> tuple[str, bytes]:
+def shrunk(image: Image.Image, *, resize: int, square: bool) -> Image.Image:
+    """With a shorter side of `resize` at most, or its middle as a square of that; the same object where that is so."""
+    if image.size == (resize, resize) or (not square and min(image.size) <= resize):
+        return image
+    image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    if square:
+        return ImageOps.fit(image, (resize, resize), Image.Resampling.BICUBIC)
+    scale = resize / min(image.size)
+    return image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+
+
+def prepare(content: bytes, shrink: Shrink | None, pixels: Pixels | None) -> tuple[str, bytes]:
     """(extension, image file) to write for an image file, whose pixels are measured. Raises BadData for no image."""
     try:
-        image = Image.open(io.BytesIO(content))
-        kind = image.format
-        smaller = resize is not None and min(image.size) > resize
-        if smaller:
-            scale = resize / min(image.size)
-            image = image if image.mode in ("L", "RGB") else image.convert("RGB")
-            image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+        original = Image.open(io.BytesIO(content))
+        kind, image = original.format, shrink(original) if shrink else original
         if pixels is not None:
             pixels.add(image)
-        if kind in KEPT and not smaller:
+        if kind in KEPT and image is original:
             return KEPT[kind], content
         if kind == "JPEG":
             buffer = io.BytesIO()

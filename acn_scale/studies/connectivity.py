@@ -12,13 +12,13 @@ from acn_scale.studies.pictures import label
 from acn_scale.studies.study import (
     CONFIGS,
     TOLERANCE,
+    TWINS,
     Findings,
     Runs,
     Setting,
     Study,
     Trial,
-    difference,
-    paired,
+    compared,
     per_cent,
     spread,
 )
@@ -45,7 +45,10 @@ def trials(setting: Setting) -> list[Trial]:
     """The same run for each but for the pattern."""
     config = CONFIGS / CONFIG[setting.scale]
     data = "images" if setting.scale == "laptop" else None
-    return [Trial(name, config, [*BUDGET[setting.scale], *keys], data) for name, keys in VARIANTS.items()]
+    return [
+        Trial(name, config, [*BUDGET[setting.scale], *keys], data, needed=name in TWINS)
+        for name, keys in VARIANTS.items()
+    ]
 
 
 def step_milliseconds(runs: Runs) -> float:
@@ -82,16 +85,11 @@ def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
 
 
 def sentences(runs: Mapping[str, Runs]) -> list[str]:
-    acn, twin = paired(runs["acn"], runs["residual"])
-    pairs = list(zip(acn.cutoffs, twin.cutoffs, strict=True))
-    below = sum(one < other for one, other in pairs)
-    gap = 100 * (acn.mean_accuracy[-1] - twin.mean_accuracy[-1])
     most = max(runs, key=lambda name: runs[name].mean_accuracy[-1])
     near = [name for name in runs if runs[name].mean_accuracy[-1] >= runs[most].mean_accuracy[-1] - 0.03]
     lowest = min(near, key=lambda name: fmean(runs[name].cutoffs))
     return [
-        f"The ACN's cut-off is below its residual twin's on {below} of {len(pairs)} seeds; its accuracy at full depth "
-        f"is {difference(gap)}.",
+        compared(runs["acn"], runs["residual"]),
         f"{most} is the most accurate; of the {len(near)} within 3 points of it, {lowest} has the lowest cut-off.",
         *(
             f"{name} has hardly learned: its curve is flat, and its cut-off says nothing."

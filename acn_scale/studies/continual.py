@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from acn_scale.continual import Retention, read_retention
 from acn_scale.data.image_sources import open_images
+from acn_scale.errors import UserError
 from acn_scale.runs import run_folder
 from acn_scale.studies.pictures import label
 from acn_scale.studies.study import CONFIGS, TWINS, Findings, Runs, Setting, Study, Trial, difference, paired, per_cent
@@ -27,11 +28,17 @@ PUBLISHED = {
 
 
 def trials(setting: Setting) -> list[Trial]:
-    """Both twins under each method. Classes of CIFAR-100 come five a task, as in the paper, ten classes two a task."""
-    paper = setting.scale == "paper"
-    classes = 100 if paper else len(open_images(setting.data, "train").classes)
-    tasks = max(5, classes // 5)
-    shape = [] if paper else [f"continual.tasks={tasks}", f"train.length={PASSES * tasks}ep"]
+    """Both twins under each method."""
+    paper, shape, selection = setting.scale == "paper", [], {}
+    if not paper:
+        classes = len(open_images(setting.data, "train").classes)
+        tasks, size = tasks_of(classes)
+        if tasks < 2:
+            raise UserError(f"--data {setting.data}: {classes} classes: must be 4 or more, for two tasks of two each")
+        shape = [f"continual.tasks={tasks}", f"train.length={PASSES * tasks}ep"]
+        selection = {"per_class": IMAGES // classes}
+        if tasks * size < classes:
+            selection["first_classes"] = tasks * size
     found = []
     for method, keys in (METHODS | REFERENCES).items():
         for depth in DEPTHS if method in METHODS else DEPTHS[-1:]:
@@ -42,8 +49,16 @@ def trials(setting: Setting) -> list[Trial]:
                     found.append(Trial(name, CONFIGS / f"continual/{prefix}_mixer_cifar100.toml", values))
                 else:
                     config, values = CONFIGS / "studies/continual.toml", [*values, f"model.connectivity={twin}"]
-                    found.append(Trial(name, config, values, "images", {"per_class": IMAGES // classes}))
+                    found.append(Trial(name, config, values, "images", selection))
     return found
+
+
+def tasks_of(classes: int) -> tuple[int, int]:
+    """(tasks, classes of each): five a task, as the paper deals CIFAR-100, or five tasks where classes are few; where
+    they do not come out even, the last classes are left out.
+    """
+    tasks = max(classes // 5, min(5, classes // 2))
+    return tasks, classes // max(1, tasks)
 
 
 def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
@@ -64,10 +79,12 @@ def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
         "information of the labels; half of each batch is replayed, from 5 images of each earlier class."
     )
     if setting.scale == "laptop":
-        tasks = len(next(iter(kept.values()))[0].final)
+        cfg = next(iter(runs.values())).configs[0]
+        tasks, size = cfg.continual.tasks, cfg.model.num_classes // cfg.continual.tasks
         sentences.append(
-            f"Here {tasks} tasks of small images, {IMAGES:,} at most, {PASSES} passes, a width of 32; the published "
-            "values are of 20 tasks of CIFAR-100, 50,000 images, 10 passes, and the authors' block at a width of 128."
+            f"Here {tasks} tasks of {size} classes of small images, {IMAGES:,} at most, {PASSES} passes, a width of "
+            "32; the published values are of 20 tasks of 5 classes of CIFAR-100, 50,000 images, 10 passes, and the "
+            "authors' block at a width of 128."
         )
     return Findings(table, _figure(kept), sentences)
 

@@ -17,7 +17,19 @@ from acn_scale.convert.sources import read_model
 from acn_scale.data import build_evaluation
 from acn_scale.gradients import Line, backward_paths, line_gradients, split_gradients
 from acn_scale.runs import read_json, run_folder, write_json
-from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, paired, per_cent, spread
+from acn_scale.studies.study import (
+    CONFIGS,
+    TOLERANCE,
+    TWINS,
+    Findings,
+    Runs,
+    Setting,
+    Study,
+    Trial,
+    paired,
+    per_cent,
+    spread,
+)
 
 PATTERNS = ("feedforward", "residual", "acn", "acn_detached")
 SPLITS = "gradients.json"  # in a run's folder
@@ -33,7 +45,10 @@ def trials(setting: Setting) -> list[Trial]:
     """Four checkpoints of each run, for the direct part of the gradient."""
     config, data = ("studies/vit.toml", "images") if setting.scale == "laptop" else ("vit/residual_vit_b16.toml", None)
     keep = ["checkpoint.every=0.25run", "checkpoint.keep=4"]
-    return [Trial(name, CONFIGS / config, [f"model.connectivity={name}", *keep], data) for name in PATTERNS]
+    return [
+        Trial(name, CONFIGS / config, [f"model.connectivity={name}", *keep], data, needed=name in TWINS)
+        for name in PATTERNS
+    ]
 
 
 def measure(cfg: Config) -> None:

@@ -9,28 +9,33 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from acn_scale import distributed
-from acn_scale.checkpoint import complete
+from acn_scale.checkpoint import trained
 from acn_scale.config import Config
+from acn_scale.data.image_sources import open_images
 from acn_scale.data.make_images import make_image_shards
 from acn_scale.data.make_text import make_text_shards, train_source_tokenizer
 from acn_scale.data.shards import ShardIndex
+from acn_scale.data.sources import EVAL_NAMES
 from acn_scale.data.text_sources import TextSources
 from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import UserError
 from acn_scale.files import write_together
 from acn_scale.pretrain import train
-from acn_scale.runs import check_run_folder, read_json, run_folder
+from acn_scale.runs import check_run_folder, run_folder
 from acn_scale.stopping import end_with_parent
 from acn_scale.studies.study import Findings, Runs, Setting, Study, Trial
 from acn_scale.tables import aligned, markdown
 
+TEXT = "pydoc"  # the source of it at laptop scale
 SMALL = 16  # pixels: laptop scale
 STEPS = 1500  # of a run on other images than the digits, of which an epoch may be long
 
@@ -38,21 +43,34 @@ STEPS = 1500  # of a run on other images than the digits, of which an epoch may 
 def reproduce(name: str, study: Study, setting: Setting, workers: int) -> str:
     """Make the data, run what is missing, write report/<study>.md, .png and .json; return the report as text.
 
-    A run that fails does not stop the others; the report names it. Raises UserError.
+    A run that fails does not stop the others; the report names it. A trial of which no run was finished has no place in
+    the report, and ends the study where the findings need it. Raises UserError.
     """
+    trials = study.trials(setting)
+    if any(trial.data == "images" for trial in trials):
+        _check_splits(setting.data)
+    elif setting.data != "digits":
+        what = "the shards that its configs name" if setting.scale == "paper" else TEXT
+        raise UserError(f"--data {setting.data}: {name} at {setting.scale} scale is of {what}; leave --data out")
     done: dict[str, Runs] = {}
     failures: dict[str, str] = {}
-    for stage in _stages(study.trials(setting)):
+    for stage in _stages(trials):
         configs = {trial.name: _configs(trial, setting, done) for trial in stage}
         # All variants of a seed before the next seed: what the machine does meanwhile is then alike for all.
         each = sorted((cfg for runs in configs.values() for cfg in runs), key=lambda cfg: cfg.run.seed)
         for cfg in each:
             check_run_folder(cfg)
         failures |= _run(name, study, [cfg for cfg in each if not finished(cfg, study)], workers)
-        done |= {trial: Runs([cfg for cfg in runs if finished(cfg, study)]) for trial, runs in configs.items()}
-        if lost := [trial for trial in configs if not done[trial].configs]:
-            raise UserError(f"{name}: no run of {lost[0]} was finished: {next(iter(failures.values()), 'stopped')}")
-    return _write(name, study, setting, study.findings(done, setting), failures)
+        for trial in stage:
+            if ended := [cfg for cfg in configs[trial.name] if finished(cfg, study)]:
+                done[trial.name] = Runs(ended)
+            elif trial.needed:
+                reasons = [failures[cfg.run.name] for cfg in configs[trial.name] if cfg.run.name in failures]
+                raise UserError(f"{name}: no run of {trial.name} was finished: {(reasons or ['stopped'])[0]}")
+    sources = {"images": setting.data, "text": TEXT}
+    data = [sources.get(trial.data, done[trial.name].configs[0].data.train) for trial in trials if trial.name in done]
+    where = f"{setting.scale} scale, {', '.join(dict.fromkeys(data))}, seeds {', '.join(map(str, setting.seeds))}"
+    return _write(name, study, setting.folder / "report", where, study.findings(done, setting), failures)
 
 
 def _stages(trials: Sequence[Trial]) -> list[list[Trial]]:
@@ -76,13 +94,7 @@ def _configs(trial: Trial, setting: Setting, done: Mapping[str, Runs]) -> list[C
 
 def finished(cfg: Config, study: Study) -> bool:
     """Trained and, where the study asks for more, measured."""
-    return _trained(cfg) and (study.measure is None or any(run_folder(cfg).glob(study.leaves)))
-
-
-def _trained(cfg: Config) -> bool:
-    folder = run_folder(cfg)
-    checkpoints = complete(folder)
-    return bool(checkpoints) and checkpoints[-1].name == f"step_{read_json(folder / 'environment.json')['steps']:08d}"
+    return trained(cfg) and (study.measure is None or any(run_folder(cfg).glob(study.leaves)))
 
 
 def _data(trial: Trial, setting: Setting) -> list[str]:
@@ -90,12 +102,12 @@ def _data(trial: Trial, setting: Setting) -> list[str]:
     if trial.data is None:
         return []
     root = setting.folder.parent / "data"
-    return _text(root / "pydoc") if trial.data == "text" else _images(root, trial, setting.data)
+    return _text(root / TEXT) if trial.data == "text" else _images(root, trial, setting.data)
 
 
 def _text(folder: Path) -> list[str]:
     """Of the language reference that comes with Python, as in the quickstart."""
-    source, tokenizer = TextSources(["pydoc"]), folder / "tokenizer"
+    source, tokenizer = TextSources([TEXT]), folder / "tokenizer"
     if not (tokenizer / TOKENIZER_NAME).exists():
         train_source_tokenizer(source, 1024, tokenizer, eval_share=0.1, character_coverage=1.0)
     make_text_shards(source, tokenizer, folder, tokens=64)
@@ -109,7 +121,8 @@ def _images(root: Path, trial: Trial, source: str) -> list[str]:
     for split in ("train", "eval"):
         # All of the evaluation set, whatever is left out of the training set.
         keys = {key: value for key, value in trial.selection.items() if split == "train" or key != "per_class"}
-        make_image_shards(source, split, folder / split, workers=os.cpu_count() or 1, resize=resize, **keys)
+        keys |= {"resize": resize, "square": resize is not None}
+        make_image_shards(source, split, folder / split, workers=os.cpu_count() or 1, **keys)
     info = ShardIndex.load(folder / "train").info
     values = [f'data.train="{folder}/train"', f'data.eval="{folder}/eval"']
     values.append(f"model.num_classes={len(info['classes'])}")
@@ -117,6 +130,17 @@ def _images(root: Path, trial: Trial, source: str) -> list[str]:
         values += [f"model.image_size={SMALL}", "model.patch_size=4", f"model.channels={len(info['mean'])}"]
         values.append(f"train.length={STEPS}step")
     return values
+
+
+def _check_splits(source: str) -> None:
+    """Raises UserError where images are trained on and evaluated on alike: not all sources tell splits apart."""
+    train, evaluation = (open_images(source, split) for split in ("train", "eval"))
+    # What a source calls its images may be the same in both splits; so are their bytes only where there is one split.
+    if train.identity == evaluation.identity and [*train.read(0, 100)] == [*evaluation.read(0, 100)]:
+        raise UserError(
+            f"--data {source}: its images for training and evaluation are the same; must be digits, cifar:FOLDER, "
+            f"hf:NAME, or folder:FOLDER with folders of classes in train/ and in one of {'/, '.join(EVAL_NAMES)}/"
+        )
 
 
 def _run(name: str, study: Study, configs: Sequence[Config], workers: int) -> dict[str, str]:
@@ -127,7 +151,9 @@ def _run(name: str, study: Study, configs: Sequence[Config], workers: int) -> di
     bar = tqdm(total=len(configs), desc=name, unit="run", mininterval=0.5 if sys.stderr.isatty() else 20)
     # One thread each; started anew, since a process that has trained may hold locks that a fork would copy.
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(min(workers, len(configs)), get_context("spawn"), initializer=_start_worker) as pool:
+    context = get_context("spawn")
+    started = context.Value("i", 0)
+    with ProcessPoolExecutor(min(workers, len(configs)), context, _start_worker, (started,)) as pool:
         waiting = {pool.submit(_train, cfg.model_dump(mode="json"), study.measure): cfg for cfg in configs}
         for future in as_completed(waiting):
             error = future.exception()
@@ -138,12 +164,26 @@ def _run(name: str, study: Study, configs: Sequence[Config], workers: int) -> di
     return failures
 
 
-def _start_worker() -> None:
+def usual_workers() -> int:
+    """One for each GPU, or for each core where there is no GPU."""
+    return torch.cuda.device_count() or os.cpu_count() or 1
+
+
+def _take_gpu(started: Synchronized, gpus: int) -> None:
+    """Worker number 0, 1, ... takes the GPU of that number; `started` counts the workers."""
+    with started.get_lock():
+        number, started.value = started.value, started.value + 1
+    if gpus:
+        os.environ["LOCAL_RANK"] = str(number % gpus)
+
+
+def _start_worker(started: Synchronized) -> None:
     """The study has one bar of its own; each run's log is in its folder.
 
     All runs of a worker share one process group: DeepSpeed keeps hold of the first one it sees.
     """
     end_with_parent()
+    _take_gpu(started, torch.cuda.device_count())
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     stack = ExitStack()
     stack.enter_context(distributed.process_group())
@@ -153,14 +193,14 @@ def _start_worker() -> None:
 def _train(values: dict[str, Any], measure: Callable[[Config], None] | None) -> None:
     """In a worker: one run, alone."""
     cfg = Config.model_validate(values)
-    if not _trained(cfg) and not train(cfg, distributed.local_device()):
+    if not trained(cfg) and not train(cfg, distributed.local_device()):
         raise UserError("stopped by a signal")
     if measure:
         measure(cfg)
 
 
-def _write(name: str, study: Study, setting: Setting, findings: Findings, failures: Mapping[str, str]) -> str:
-    where = f"{setting.scale} scale, {setting.data}, seeds {', '.join(map(str, setting.seeds))}"
+def _write(name: str, study: Study, folder: Path, where: str, findings: Findings, failures: Mapping[str, str]) -> str:
+    """The report; `where`: at which scale, of what data and seeds."""
     lines = [*findings.sentences, *(f"failed: {run}: {reason}" for run, reason in failures.items())]
     text = f"# {name}: {study.what}\n\n{where}\n\n{markdown(findings.table)}\n\n" + "\n".join(
         f"- {line}" for line in lines
@@ -173,7 +213,6 @@ def _write(name: str, study: Study, setting: Setting, findings: Findings, failur
         f"{name}.png": picture.getvalue(),
         f"{name}.json": (json.dumps(values, indent=1) + "\n").encode(),
     }
-    folder = setting.folder / "report"
     write_together(folder, files)
     return (
         f"{aligned(findings.table)}\n\n"

@@ -13,6 +13,7 @@ from acn_scale.config import Config
 from acn_scale.data.shards import ShardIndex
 from acn_scale.depth import cutoff
 from acn_scale.downstream.source import completed
+from acn_scale.errors import UserError
 from acn_scale.runs import read_metrics, read_result, run_folder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -40,6 +41,7 @@ class Trial:
     data: Literal["images", "text"] | None = None  # that the study makes; None: what the config names
     selection: Mapping[str, int] = field(default_factory=dict)  # of the images, as make_image_shards takes it
     after: str | None = None  # the trial from whose run of the same seed it starts
+    needed: bool = True  # False: the findings can do without it
 
     def config_of(self, seed: int, setting: Setting, data: Sequence[str]) -> Config:
         """`data`: overrides that say where the shards are and what images they hold.
@@ -63,7 +65,8 @@ class Findings:
 
 @dataclass(frozen=True)
 class Study:
-    """`trials` depends on the scale; `findings` gets the finished runs of each trial, by its name.
+    """`trials` depends on the scale; `findings` gets the finished runs of each trial, by its name. One of which no run
+    was finished is not there, where it is not needed.
 
     `measure`, where more is asked about a run than it has noted itself, is called in a worker once the run is trained,
     and ends with the file in the run's folder that the pattern `leaves` fits. A run without it is not finished.
@@ -118,9 +121,23 @@ class Runs:
 
 
 def paired(*runs: Runs) -> list[Runs]:
-    """Of the seeds that are finished in all of them."""
+    """Of the seeds that are finished in all of them. Raises UserError where there is none."""
     seeds = set.intersection(*(set(each.seeds) for each in runs))
+    if not seeds:
+        raise UserError(f"{', '.join(each.configs[0].run.name for each in runs)}: no seed is finished in all of them")
     return [Runs([cfg for cfg in each.configs if cfg.run.seed in seeds]) for each in runs]
+
+
+def compared(acn: Runs, twin: Runs, the: str = "The") -> str:
+    """Of their cut-offs seed by seed, and of their accuracies."""
+    acn, twin = paired(acn, twin)
+    pairs = list(zip(acn.cutoffs, twin.cutoffs, strict=True))
+    below = sum(one < other for one, other in pairs)
+    gap = 100 * (acn.mean_accuracy[-1] - twin.mean_accuracy[-1])
+    return (
+        f"{the} ACN's cut-off is below its twin's on {below} of {len(pairs)} seeds; its accuracy at full depth is "
+        f"{difference(gap)}."
+    )
 
 
 def difference(points: float, more: str = "higher", less: str = "lower") -> str:
