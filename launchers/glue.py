@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     code, jobs = launch(configs, parallel=args.parallel)
     if second:
         before = [job for job, cfg in zip(jobs, configs, strict=False) if cfg in first["mnli"]]
-        code = max(code, launch(second, parallel=args.parallel, after=before)[0])
+        code = submission.worst([code, launch(second, parallel=args.parallel, after=before)[0]])
     if not args.dry_run:
         print(f"\ntable:  python tools/results.py {Path(configs[0].run.dir) / args.name}")
     sys.exit(code)

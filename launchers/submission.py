@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ def launch_all(
         check_with_slurm(text)
     snapshots = [prepare(run_folder(cfg), cfg) for cfg in configs]
     if args.cluster == "local":
-        return max(run_here(args, snapshot, program) for snapshot in snapshots), []
+        return worst(run_here(args, snapshot, program) for snapshot in snapshots), []
     jobs = submit(args, name, snapshots, program, parallel, after)
     for job_id, cfg in zip(jobs, configs, strict=True):
         print(f"job {job_id}: {run_folder(cfg)}")
@@ -260,9 +260,14 @@ def run_here(args: argparse.Namespace, snapshot: Path, program: str = PRETRAIN) 
             interrupted = True
             running._process.terminate()  # goes on to all ranks
             codes = _follow(running)
-        code = max(codes, key=abs)
+        code = worst(codes)
         if interrupted or not requeue.worth_another(snapshot.parents[1], code, args.tries):
             return code
+
+
+def worst(codes: Iterable[int]) -> int:
+    """That of a signal is negative, and no success either."""
+    return max(codes, key=abs)
 
 
 def _follow(running: submitit.Job) -> list[int]:

@@ -96,6 +96,27 @@ def test_a_snapshot_does_not_change(
     assert load_config(first / "config.json") == vit()
 
 
+def options(*arguments: str) -> argparse.Namespace:
+    """Where to run, as a launcher reads it."""
+    parser = argparse.ArgumentParser()
+    submission.add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def test_a_killed_run_is_no_success(tmp_path: Path, small: list[str]) -> None:
+    """Whatever comes after it. Of a signal the exit code is negative."""
+    config = tmp_path / "small.json"
+    config.write_text(load_config(Path(small[1]), small[2:]).model_dump_json())
+    (tmp_path / "killed.py").write_text(
+        "import json, os, sys\nif json.load(open(sys.argv[2]))['run']['seed'] == 0:\n    os.kill(os.getpid(), 9)\n"
+    )
+    configs = [load_config(config, [f"run.name=seed{seed}", f"run.seed={seed}"]) for seed in (0, 1)]
+    program = "../../../../killed.py"  # from the snapshot in a run's jobs/
+    code, _ = submission.launch_all(options("--cluster", "local", "--tries", "1"), "x", configs, program)
+    assert code == -9
+    assert submission.worst([1, 0, -9, 0]) == -9
+
+
 def test_grid() -> None:
     combinations = sweep.combinations(["optim.lr=1e-3,3e-3", "model.connectivity=acn,residual"], [0, 1])
     assert len(combinations) == 8
