@@ -350,6 +350,65 @@ def test_results_over_seeds(tmp_path: Path) -> None:
         results_table([tmp_path / "acn/seed=0/eval"])
 
 
+def results(folder: Path, runs: Sequence[tuple[int | None, Sequence[float]]], task: str = "rte") -> Path:
+    """A network's folder of evaluated runs, each with its seed and its accuracy at every depth."""
+    for number, (seed, curve) in enumerate(runs):
+        lines = [{"task": task, "metric": "accuracy", "value": value, "depth": depth, "seed": seed}
+                 for depth, value in enumerate(curve)]  # fmt: skip
+        path = folder / f"run{number}/eval/{task}.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(lines))
+    return folder
+
+
+def rows_of(*folders: Path) -> list[dict[str, str]]:
+    """The table's lines."""
+    path = folders[0].parent / "table.csv"
+    results_table(folders, table=path)
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "tested"),
+    [
+        ([None, None, None], [None, None, None], False),
+        ([0, 0, 1], [0, 1, 2], False),
+        ([0, 1, 2], [1, 1, 2], False),
+        ([0, 1, 2], [None, 1, 2], True),
+    ],
+)
+def test_only_what_has_one_seed_is_paired(
+    tmp_path: Path, ours: list[int | None], theirs: list[int | None], tested: bool
+) -> None:
+    """Exports have none, and of runs of one seed it is not known which goes with which."""
+    first = results(tmp_path / "acn", [(seed, [0.5, 0.80 + place / 50]) for place, seed in enumerate(ours)])
+    second = results(tmp_path / "twin", [(seed, [0.5, 0.70 + place / 90]) for place, seed in enumerate(theirs)])
+    assert (rows_of(first, second)[1]["p"] != "") == tested
+
+
+def test_means_are_not_measured_again(tmp_path: Path) -> None:
+    """Written into a run below the folders, into one that has no results as well, they change no later table."""
+    folder = results(tmp_path / "acn", [(seed, [0.5, 0.8, 0.802 + seed / 1000]) for seed in range(3)])
+    (folder / "run9").mkdir()
+    (folder / "run9/environment.json").write_text("{}")
+    before = results_table([folder])
+    for into in ("run0", "run9"):
+        assert results_table([folder], into=folder / into) == results_table([folder]) == before
+        assert [each.mean_of for each in read_measurements(folder / into) if "mean" in (each.note or "")] == [3]
+
+
+def test_networks_of_several_depths_have_a_mean_and_no_cut_off(tmp_path: Path) -> None:
+    """As after cut_while_training: what is at a depth of one is not there in the other."""
+    folder = results(tmp_path / "acn", [(0, [0.5, 0.8, 0.9]), (1, [0.5, 0.7])])
+    (row,) = rows_of(folder)
+    assert float(row["mean"]) == pytest.approx(80)
+    assert (row["cutoff"], row["blocks"], row["mean_there"], row["note"]) == ("", "", "", "networks of 1 and 2 blocks")
+    text = results_table([folder], into=folder / "run0")
+    assert "networks of 1 and 2 blocks" in text
+    assert read_measurements(folder / "run0")[0].depth is None
+
+
 def test_a_network_of_a_grid_counts_by_its_best_settings(
     one_rank: Callable, encoder: Path, shards: Path, tmp_path: Path
 ) -> None:
