@@ -27,13 +27,16 @@ from acn_scale.data.encoders import load_encoder
 from acn_scale.data.make_glue import make_glue_shards
 from acn_scale.data.make_text import train_source_tokenizer
 from acn_scale.data.order import BucketedOrder
+from acn_scale.data.shards import ShardIndex
+from acn_scale.data.tasks import TASKS
 from acn_scale.data.text_sources import TextSources
 from acn_scale.data.tokenizer import CLS, SEP
 from acn_scale.distributed import local_device
 from acn_scale.downstream.metrics import OF_COUNTS, measure
+from acn_scale.downstream.predictions import Predictions
 from acn_scale.downstream.source import completed
 from acn_scale.downstream.table import paired, results_table
-from acn_scale.downstream.tasks import evaluate_task
+from acn_scale.downstream.tasks import Split, _measured, evaluate_task
 from acn_scale.downstream.text_noise import drop_words, swap_characters, text_noise
 from acn_scale.errors import UserError
 from acn_scale.models import build_model
@@ -348,6 +351,29 @@ def test_results_over_seeds(tmp_path: Path) -> None:
     assert paired([(0.5, 0.4)]) is None
     with pytest.raises(UserError, match="holds no results"):
         results_table([tmp_path / "acn/seed=0/eval"])
+
+
+@pytest.mark.parametrize(
+    ("said", "noted"),
+    [
+        ([1, 1, 1, 1, 1], "all samples are given the same class"),
+        ([1, 1, 0, 0, 0], "accuracy 60.00 is not above 60.00, the share of the most frequent label"),
+        ([1, 1, 0, 1, 0], None),
+    ],
+)
+def test_a_score_of_the_majority_class_says_so(
+    shards: Path, said: list[int], noted: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The warning is of full depth; at the others the note tells."""
+    labels = np.array([1, 0, 0, 1, 0])
+    index = ShardIndex.load(shards / "mrpc/eval")
+    found = _measured(
+        Predictions(np.arange(5), labels, np.array([said, said]).T), Split("mrpc", index, TASKS["mrpc"], None),
+        "mrpc", "digest", 0,
+    )  # fmt: skip
+    assert {each.note for each in found} == {noted}
+    assert {each.depth for each in found} == {0, 1}
+    assert [record.getMessage().startswith(f"mrpc: {noted}") for record in caplog.records] == [True] * bool(noted)
 
 
 def results(folder: Path, runs: Sequence[tuple[int | None, Sequence[float]]], task: str = "rte") -> Path:

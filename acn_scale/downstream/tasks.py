@@ -28,7 +28,7 @@ from acn_scale.runs import read_config
 log = logging.getLogger(__name__)
 
 DIGITS = 3  # of predicted numbers, as they are written and measured
-MAJORITY = "all samples are given the same class"
+SAME = "all samples are given the same class"
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,9 @@ def _measured(predictions: Predictions, split: Split, name: str, digest: str, se
     labels, classes = predictions.labels, len(split.task.labels)
     found = []
     for depth, said in enumerate(predictions.outputs.T):
-        one = bool(classes) and len(np.unique(said)) == 1
-        if one and depth == predictions.outputs.shape[1] - 1:
-            log.warning("%s: %s, %s", name, MAJORITY, split.task.labels[said[0]])
+        note = _no_better_than_one_class(labels, said) if classes else None
+        if note and depth == predictions.outputs.shape[1] - 1:
+            log.warning("%s: %s", name, note if note != SAME else f"{note}, {split.task.labels[said[0]]}")
         for metric in split.task.metrics:
             value, bounds = measure(metric, labels, said, classes)
             found.append(
@@ -164,10 +164,20 @@ def _measured(predictions: Predictions, split: Split, name: str, digest: str, se
                     depth=depth,
                     checkpoint=digest,
                     seed=seed,
-                    note=MAJORITY if one else None,
+                    note=note,
                 )
             )
     return found
+
+
+def _no_better_than_one_class(labels: np.ndarray, said: np.ndarray) -> str | None:
+    """How the classes are no better than one for all samples; None where they are."""
+    if len(np.unique(said)) == 1:
+        return SAME
+    accuracy, share = (said == labels).mean(), np.unique(labels, return_counts=True)[1].max() / len(labels)
+    if accuracy > share:
+        return None
+    return f"accuracy {100 * accuracy:.2f} is not above {100 * share:.2f}, the share of the most frequent label"
 
 
 def _submission(predictions: Predictions, split: Split, samples: Samples) -> bytes:
