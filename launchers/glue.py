@@ -23,7 +23,7 @@ from acn_scale.errors import UserError
 from acn_scale.runs import run_folder
 
 TRAINED = [name for name, task in TASKS.items() if "train" in task.splits]
-RECIPE = Path("configs/glue/paper.toml")
+RECIPE = Path(__file__).parents[1] / "configs/glue/paper.toml"
 SMALL = ("rte", "mrpc", "stsb")  # that gain from MNLI (Phang et al. 2018, arXiv 1811.01088)
 
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--from", dest="source", required=True, help="a run, a checkpoint, an export or hf:FOLDER of an encoder")
     add("--data", type=Path, default=Path("data/glue"), help="folder of make_glue_shards.py (default: data/glue)")
-    add("--config", type=Path, default=RECIPE, help=f"recipe (default: {RECIPE})")
+    add("--config", type=Path, default=RECIPE, help="recipe (default: configs/glue/paper.toml)")
     add("--tasks", nargs="+", choices=TRAINED, metavar="TASK", help=f"some of {', '.join(TRAINED)} (default: "
         "those that --data holds)")  # fmt: skip
     add("--lr", nargs="+", default=[], help="learning rates to try (default: the recipe's)")
