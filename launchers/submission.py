@@ -268,6 +268,7 @@ def run_here(args: argparse.Namespace, snapshot: Path, program: str = PRETRAIN) 
     while True:
         running = executor.submit(job.run, str(snapshot), program)
         print(f"log of rank 0: {running.paths.stderr}", file=sys.stderr)
+        write_json(snapshot.parent / "job.json", {"id": None, "log": str(running.paths.stderr)})
         try:
             codes = _follow(running)
         except KeyboardInterrupt:

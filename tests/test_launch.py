@@ -17,6 +17,7 @@ from test_pretrain import command_line, measured, run
 
 from acn_scale.cli import load_config
 from acn_scale.config import Config
+from acn_scale.downstream.table import results_table
 from acn_scale.runs import run_folder
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +157,16 @@ def test_what_is_started_again(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not end(run, 2, 80)
     assert not end(run, 0, 90)
     assert end(run, 1, 90), "started by hand after its end"
+
+
+def test_a_run_that_is_refused_says_why(tmp_path: Path, small: list[str]) -> None:
+    """In the table of states and in that of results, though it was never opened."""
+    run, reason = tmp_path / "runs/tiny", "gone/index.json: No such file or directory; tools/make_*_shards.py write"
+    done = launch("pretrain.py", *small, "--cluster", "local", "data.eval=gone")
+    assert done.returncode == 2
+    assert not (run / "environment.json").exists()
+    assert status.status(run, {})[-1].startswith(reason)
+    assert f"failed: {run}: {reason}" in results_table([run.parent])
 
 
 @pytest.mark.slow

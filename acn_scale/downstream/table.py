@@ -1,5 +1,6 @@
 """The results of many runs as one table: over seeds, at full depth and at the cut-off, networks against one another."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from scipy import stats
 
 from acn_scale.depth import cutoff
 from acn_scale.errors import UserError
-from acn_scale.files import csv_lines, write_file
+from acn_scale.files import csv_lines, whole_lines, write_file
 from acn_scale.results import LOWER_IS_BETTER, NOT_SHARES, Measurement, read_measurements, write_measurements
 from acn_scale.runs import read_config, read_json
 from acn_scale.tables import markdown
@@ -194,13 +195,16 @@ def paired(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 
 def _failures(folder: Path, runs: Sequence[tuple[str, Scores]]) -> Iterator[str]:
-    """Runs that were started and are not among those with results, with the reason where it is known."""
+    """Runs that were started or submitted and are not among those with results, with the reason where it is known."""
     evaluated = {scores.run for _, scores in runs}
-    for environment in sorted(folder.rglob("environment.json")):
-        run = environment.parent
-        if run not in evaluated and "snapshot_" not in str(run):
-            failure = read_failure(run)
-            yield f"{run}: {failure['reason'] if failure else 'not finished, or not evaluated'}"
+    marks = ("environment.json", "jobs/job.json")  # of the run itself, and of a launcher
+    started = {path.parents[mark.count("/")] for mark in marks for path in folder.rglob(mark)}
+    for run in sorted(started - evaluated):
+        if "snapshot_" not in str(run):
+            failure, ends = read_failure(run), run / "jobs" / "ends.jsonl"
+            end = json.loads(whole_lines(ends)[-1]) if ends.exists() else {"code": 0}
+            known = [end["reason"]] if end["code"] else [failure["reason"]] if failure else []
+            yield f"{run}: {known[0] if known else 'not finished, or not evaluated'}"
 
 
 def _markdown(lines: Sequence[Line]) -> str:
