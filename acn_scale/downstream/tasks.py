@@ -54,7 +54,7 @@ def evaluate_task(
     with distributed.together():
         net = read_model(source)
         cfg, batch_size, seed, folder = _data_of(source, net, data)
-        splits = _splits(Path(cfg.eval), net)
+        splits = _splits(Path(cfg.eval), net, source)
     model, digest = net.model.to(device), net.digest()
     found, files = [], {}
     passes = [(split, name, noise) for split in splits for name, noise in (noises or {"": None}).items()]
@@ -121,11 +121,17 @@ def _data_of(source: Path, net: Network, data: str | None) -> tuple[SentenceData
     return found, 256, None, source
 
 
-def _splits(folder: Path, net: Network) -> list[Split]:
-    """The evaluation and test splits of the task that lie beside a folder of its shards, and MNLI's diagnostic set."""
+def _splits(folder: Path, net: Network, source: Path) -> list[Split]:
+    """The evaluation and test splits of the task that lie beside a folder of its shards, and MNLI's diagnostic set.
+
+    Raises UserError for a task that is not the network's, where its training shards still tell.
+    """
     name = ShardIndex.load(folder).info.get("task")
     if name not in TASKS:
         raise UserError(f"{folder}: its index names no task of GLUE; tools/make_glue_shards.py makes such shards")
+    learnt = _task_of(net)
+    if learnt not in (None, name) and (learnt, name) != ("mnli", "ax"):
+        raise UserError(f"--data {folder}: holds {name}; {source} was trained on {learnt}")
     found = []
     for place in (name, *(["ax"] if name == "mnli" else [])):
         task = TASKS[place]
@@ -136,6 +142,14 @@ def _splits(folder: Path, net: Network) -> list[Split]:
                 label = place + split.removeprefix("eval").removeprefix("test") if not server else f"{place}_{split}"
                 found.append(Split(label, ShardIndex.load(path), task, server))
     return found
+
+
+def _task_of(net: Network) -> str | None:
+    """What it was fine-tuned on; None where its shards are gone."""
+    try:
+        return ShardIndex.load(net.card.data or "").info.get("task")
+    except UserError:
+        return None
 
 
 def _written(predictions: Predictions, task: Task) -> Predictions:
