@@ -381,6 +381,9 @@ def test_shards_of_another_task_are_refused(one_rank: Ranks, encoder: Path, shar
     (message,) = one_rank(complaint, run_folder(cfg), str(shards / "cola/eval"))
     assert message == f"--data {shards}/cola/eval: holds cola; {run_folder(cfg)} was trained on mrpc"
     assert not list((run_folder(cfg) / "eval").glob("*cola*"))
+    convert(str(run_folder(cfg)), "safetensors", tmp_path / "export")
+    (message,) = one_rank(complaint, tmp_path / "export", str(shards / "cola/eval"))
+    assert message.endswith("export was trained on mrpc")
 
 
 def test_results_over_seeds(tmp_path: Path) -> None:

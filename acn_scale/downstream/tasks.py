@@ -16,7 +16,7 @@ from acn_scale.convert.sources import read_model
 from acn_scale.data import evaluation_of
 from acn_scale.data.samples import Samples
 from acn_scale.data.sentences import TextNoise
-from acn_scale.data.shards import ShardIndex
+from acn_scale.data.shards import INDEX_NAME, ShardIndex
 from acn_scale.data.tasks import TASKS, Task
 from acn_scale.downstream.metrics import measure
 from acn_scale.downstream.predictions import Predictions, as_table, predict
@@ -145,11 +145,12 @@ def _splits(folder: Path, net: Network, source: Path) -> list[Split]:
 
 
 def _task_of(net: Network) -> str | None:
-    """What it was fine-tuned on; None where its shards are gone."""
-    try:
-        return ShardIndex.load(net.card.data or "").info.get("task")
-    except UserError:
-        return None
+    """What it was fine-tuned on, by its shards, or by their folder as make_glue_shards names it; None where neither
+    tells."""
+    shards = Path(net.card.data or "")  # of an export, its last two parts
+    if (shards / INDEX_NAME).exists():
+        return ShardIndex.load(shards).info.get("task")
+    return shards.parent.name if shards.parent.name in TASKS else None
 
 
 def _written(predictions: Predictions, task: Task) -> Predictions:
