@@ -122,10 +122,7 @@ def load_config(
     """Read a TOML file, or a run's config.json, after the file that its `base` names, and apply overrides such as
     "optim.lr=3e-4".
     """
-    values = _read(path)
-    base = values.pop("base", None)
-    if base is not None:
-        values = _merge(_read_base(path, base), values)
+    values = read_values(path)
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
@@ -135,6 +132,13 @@ def load_config(
         return Config.model_validate(complete(values))
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """What a file says, after the file that its `base` names."""
+    values = _read(path)
+    base = values.pop("base", None)
+    return values if base is None else _merge(_read_base(path, base), values)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -65,17 +65,28 @@ def check_new(path: Path, option: str = "--out") -> None:
 
 
 @contextmanager
-def new_folder(path: Path, option: str = "--out") -> Iterator[Path]:
+def new_folder(path: Path, option: str = "--out", *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that gets its name when the block ends, and is removed when it fails.
 
-    Raises UserError where there is something under that name, or the folder cannot be written.
+    With `replace`, it takes the place of a folder that holds nothing that it does not hold too. Raises UserError where
+    there is something else under that name, or the folder cannot be written.
     """
-    check_new(path, option)
+    replace = replace and path.is_dir()
+    if replace:
+        check_writable(path, option)
+    else:
+        check_new(path, option)
     temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        if replace:
+            old, new = ({each.relative_to(folder) for each in folder.rglob("*")} for folder in (path, temporary))
+            if other := sorted(old - new):
+                raise UserError(f"{option} {path}: is there already, with {other[0]}, which would be lost; remove it, "
+                                "or name a folder that is new or empty")  # fmt: skip
+            shutil.rmtree(path)
         temporary.rename(path)
     except OSError as error:
         raise UserError(f"{option} {path}: {error.strerror or error}") from None

@@ -25,6 +25,7 @@ class Measurement(BaseModel):
     depth: int | None = None  # blocks that were read out; None: all of them
     checkpoint: str | None = None  # Network.digest() of what was evaluated
     seed: int | None = None  # of the run
+    mean_of: int | None = None  # runs, where it is a mean over them
     note: str | None = None  # what one should know to judge it
 
 

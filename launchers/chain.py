@@ -2,11 +2,14 @@
 configs/chain/quickstart_bert.toml
 
 A stage is a tool, or a run in training. What is done is not done again: the same command goes on after a stage that
-failed. --dry-run shows the stages and what is left; --cluster local runs them here, one after the other.
+failed. It is done anew where a stage that it waits for is another one now. The code and all TOML files that stages take
+are copied: what is edited later does not reach a queued job. --dry-run shows the stages and what is left; --cluster
+local runs them here, one after the other.
 """
 
 import argparse
 import hashlib
+import json
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -14,15 +17,18 @@ from pathlib import Path
 
 import job
 import submission
+from glue import RECIPE
 from pydantic import Field, ValidationError, model_validator
 
 from acn_scale.checkpoint import complete
-from acn_scale.cli import exit_on_user_error, load_config
+from acn_scale.cli import exit_on_user_error, load_config, read_values
 from acn_scale.config import Config, Section
 from acn_scale.errors import UserError
 from acn_scale.runs import check_run_folder, read_json, run_folder
+from acn_scale.stopping import EXIT_STOPPED
 
 ROOT = Path(__file__).parents[1]
+SNAPSHOT = "{snapshot}"  # in a command, for the folder that is not known yet
 
 
 class Stage(Section):
@@ -34,6 +40,7 @@ class Stage(Section):
     config: str | None = None
     overrides: list[str] = Field([])
     after: list[str] | None = None  # default: the stage before
+    even_after_failure: bool = False  # a tool that begins once those before have ended, well or not
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "Stage":
@@ -41,6 +48,8 @@ class Stage(Section):
             raise ValueError("must have either tool or config")
         if self.tool and program(self.tool) is None:
             raise ValueError(f"tool = {self.tool}: no such file in tools/ or launchers/")
+        if self.even_after_failure and self.config:
+            raise ValueError("even_after_failure = true: must be a stage with a tool")
         return self
 
 
@@ -98,31 +107,89 @@ class Step:
 
         self.stage, self.cfg = stage, None
         self.command: list[str] = []
+        self.files: dict[str, bytes] = {}  # TOML files of the command, by their names in the snapshot
         if stage.config:
             self.cfg: Config | None = load_config(Path(stage.config), [filled(each) for each in stage.overrides])
         else:
-            self.command = [program(stage.tool), *map(filled, stage.arguments)]
+            arguments = [filled(each) for each in stage.arguments]
+            if stage.tool == "glue" and not any(each.startswith("--config") for each in arguments):
+                arguments += ["--config", str(RECIPE)]
+            self.command = [f"{SNAPSHOT}/{program(stage.tool)}", *map(self._copied, arguments)]
         self.waits_for = list(before)[-1:] if stage.after is None else stage.after
+        self.before = [before[name] for name in self.waits_for]
         # What is done is done anew where a stage that it waits for is another one now.
-        parts = [
-            self.command,
-            self.cfg and self.cfg.model_dump_json(),
-            *(before[name].digest for name in self.waits_for),
-        ]
-        self.digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-        self.marker = (chain.folder / "done" / f"{stage.name}-{self.digest}").resolve()
+        given = [step.digest for step in self.before]
+        self.digest = _digest([self.command, self.files, self.cfg and self.cfg.model_dump_json(), *given])
+        # Of a run, what its config may not change is checked with its folder; the marker says what it began from.
+        self.marker = (
+            chain.folder / "done" / f"{stage.name}-{self.digest if self.cfg is None else _digest(given)}"
+        ).resolve()
 
     def done(self) -> bool:
         if self.cfg is None:
-            return self.marker.exists()
+            whole = not self.stage.even_after_failure or all(step.done() for step in self.before)
+            return whole and self.marker.exists()
         folder = run_folder(self.cfg)
         checkpoints = complete(folder)
         return (
             bool(checkpoints) and checkpoints[-1].name == f"step_{read_json(folder / 'environment.json')['steps']:08d}"
         )
 
+    def _copied(self, argument: str) -> str:
+        """With a TOML file, alone or behind a =, as it will be in the snapshot."""
+        option, sign, path = argument.rpartition("=")
+        if not (path.endswith(".toml") and Path(path).is_file()):
+            return argument
+        name = f"configs/{self.stage.name}_{len(self.files)}.json"
+        self.files[name] = json.dumps(read_values(Path(path)), indent=1).encode()
+        return f"{option}{sign}{SNAPSHOT}/{name}"
+
+    def other_beginnings(self) -> list[Path]:
+        """Markers which say that the run of this stage began from other stages than those that it waits for now."""
+        folder = run_folder(self.cfg).resolve()
+        markers = [path for path in self.marker.parent.glob(f"{self.stage.name}-*") if path != self.marker]
+        return [path for path in markers if path.read_text() == f"{folder}\n"]
+
+    def check(self, ranks: int) -> None:
+        """Raises UserError for a run that cannot begin or go on."""
+        folder = run_folder(self.cfg)
+        check_run_folder(self.cfg)
+        self.cfg.micro_batch_size(ranks)
+        others = self.other_beginnings()
+        if others and (folder / "config.json").exists():
+            raise UserError(
+                f"stage {self.stage.name}: {folder} began after other stages than {', '.join(self.waits_for)} as they "
+                f"are now; remove or rename it to have it trained anew, or remove {others[0]} to keep it"
+            )
+
+    def begin(self) -> None:
+        """Note what a run begins from; of a tool, that it is not done."""
+        if self.cfg is None:
+            self.marker.unlink(missing_ok=True)
+            return
+        for path in self.other_beginnings():
+            path.unlink()
+        self.marker.write_text(f"{run_folder(self.cfg).resolve()}\n")
+
+    def run(self, snapshot: Path) -> list[str]:
+        """The command of a tool, in the snapshot."""
+        return [each.replace(SNAPSHOT, str(snapshot)) for each in self.command]
+
     def describe(self) -> str:
-        return " ".join(self.command) if self.cfg is None else f"{self.stage.config}: {run_folder(self.cfg)}"
+        command = " ".join(self.command).replace(f"{SNAPSHOT}/", "")
+        return command if self.cfg is None else f"{self.stage.config}: {run_folder(self.cfg)}"
+
+
+def steps_of(chain: Chain) -> list[Step]:
+    """Its stages, in their order. Raises UserError for a config that is not valid."""
+    steps: dict[str, Step] = {}
+    for stage in chain.stage:
+        steps[stage.name] = Step(chain, stage, steps)
+    return list(steps.values())
+
+
+def _digest(parts: Sequence[object]) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -134,51 +201,71 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.cluster == "debug":
         raise UserError("--cluster debug: is for one run; --cluster local runs a chain here")
     chain = read_chain(args.config)
-    steps: dict[str, Step] = {}
-    for stage in chain.stage:
-        steps[stage.name] = Step(chain, stage, steps)
-    for step in steps.values():
+    steps = steps_of(chain)
+    for step in steps:
         if step.cfg is not None:
-            check_run_folder(step.cfg)
-            step.cfg.micro_batch_size(args.nodes * submission.tasks_per_node(args))
+            step.check(args.nodes * submission.tasks_per_node(args))
     if args.dry_run:
-        for name, step in steps.items():
-            print(f"{name:<12} {'done' if step.done() else 'to do':<6} {step.describe()}")
+        for step in steps:
+            print(f"{step.stage.name:<12} {'done' if step.done() else 'to do':<6} {step.describe()}")
         return
     (chain.folder / "done").mkdir(parents=True, exist_ok=True)
+    files = {name: content for step in steps for name, content in step.files.items()}
+    snapshot = submission.prepare(chain.folder, chain, files)
+    left = [step for step in steps if not step.done()]
+    for step in steps:
+        if step in left or step.cfg is not None:
+            step.begin()
     if args.cluster == "local":
-        run_here(args, chain, list(steps.values()))
+        run_here(args, snapshot, steps, left)
     else:
-        submit(args, chain, list(steps.values()))
+        submit(args, chain, snapshot, steps, left)
 
 
-def run_here(args: argparse.Namespace, chain: Chain, steps: Sequence[Step]) -> None:
-    """One stage after the other. Raises SystemExit with the code of the first one that fails."""
-    snapshot = submission.prepare(chain.folder, chain)
+def run_here(args: argparse.Namespace, snapshot: Path, steps: Sequence[Step], left: Sequence[Step]) -> None:
+    """One stage after the other. After one that fails, only those that begin even then, where all that they wait for
+    has ended. Raises SystemExit with the code of the one that failed.
+    """
+    codes: dict[str, int] = {}  # of the stages that have ended
     for number, step in enumerate(steps, 1):
-        print(f"stage {number} of {len(steps)}, {step.stage.name}: {'done' if step.done() else step.describe()}",
-              file=sys.stderr)  # fmt: skip
-        if step.done():
+        failed = any(codes.values())
+        ended = all(name in codes for name in step.waits_for)
+        if step in left and failed and not (step.stage.even_after_failure and ended):
             continue
-        if step.cfg is None:
-            job.run_tool([f"{snapshot}/{step.command[0]}", *step.command[1:]], str(step.marker), str(snapshot))
-        elif code := submission.run_here(args, submission.prepare(run_folder(step.cfg), step.cfg)):
-            raise SystemExit(code)
+        name = step.stage.name
+        print(f"stage {number} of {len(steps)}, {name}: {step.describe() if step in left else 'done'}",
+              file=sys.stderr)  # fmt: skip
+        codes[name] = _run(args, snapshot, step) if step in left else 0
+        if codes[name] == EXIT_STOPPED:
+            break
+    raise SystemExit(next(filter(None, codes.values()), 0))
 
 
-def submit(args: argparse.Namespace, chain: Chain, steps: Sequence[Step]) -> None:
-    """Each stage that is left as a job; one whose stage before fails is taken out of the queue."""
+def _run(args: argparse.Namespace, snapshot: Path, step: Step) -> int:
+    """The stage's exit code."""
+    if step.cfg is not None:
+        return submission.run_here(args, submission.prepare(run_folder(step.cfg), step.cfg))
+    try:
+        job.run_tool(step.run(snapshot), str(step.marker), str(snapshot))
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def submit(args: argparse.Namespace, chain: Chain, snapshot: Path, steps: Sequence[Step], left: Sequence[Step]) -> None:
+    """Each stage that is left as a job. Where a stage before fails, it is taken out of the queue, or begins even so."""
     args.extra = [*args.extra, "kill-on-invalid-dep=yes"]
-    snapshot = submission.prepare(chain.folder, chain)
     jobs: dict[str, list[str]] = {}
     for step in steps:
         after = [each for name in step.waits_for for each in jobs[name]]
         name = f"{chain.name.replace('/', '_')}_{step.stage.name}"
-        if step.done():
+        if step not in left:
             jobs[step.stage.name] = []
         elif step.cfg is None:
-            command = [f"{snapshot}/{step.command[0]}", *step.command[1:]]
-            jobs[step.stage.name] = [submission.submit_tool(args, name, snapshot, command, step.marker, after)]
+            anyway = step.stage.even_after_failure
+            jobs[step.stage.name] = [
+                submission.submit_tool(args, name, snapshot, step.run(snapshot), step.marker, after, anyway=anyway)
+            ]
         else:
             run = submission.prepare(run_folder(step.cfg), step.cfg)
             jobs[step.stage.name] = submission.submit(args, name, [run], after=after)

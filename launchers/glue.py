@@ -23,14 +23,26 @@ from acn_scale.errors import UserError
 from acn_scale.runs import run_folder
 
 TRAINED = [name for name, task in TASKS.items() if "train" in task.splits]
-RECIPE = Path("configs/glue/paper.toml")
+RECIPE = Path(__file__).parents[1] / "configs/glue/paper.toml"
 SMALL = ("rte", "mrpc", "stsb")  # that gain from MNLI (Phang et al. 2018, arXiv 1811.01088)
+
+
+def of_task(text: str) -> tuple[str, str]:
+    """TASK:key.sub=a,b as (task, axis), for argparse."""
+    task, _, axis = text.partition(":")
+    if task not in TRAINED or "=" not in axis:
+        tasks = ", ".join(TRAINED)
+        raise argparse.ArgumentTypeError(f"{text}: must be TASK:key.sub=value,value,... with one of {tasks}")
+    return task, axis
 
 
 def configs_of(args: argparse.Namespace, task: str, starts: Mapping[int, str] = MappingProxyType({})) -> list[Config]:
     """Of all runs of a task. `starts`: what those of a seed start from, where that is another network of --from."""
     found = []
-    for combination in sweep.combinations([f"optim.lr={','.join(args.lr)}"] if args.lr else [], args.seeds):
+    own = [axis for name, axis in args.grid if name == task]
+    if args.lr and not any(axis.startswith("optim.lr=") for axis in own):
+        own = [f"optim.lr={','.join(args.lr)}", *own]
+    for combination in sweep.combinations(own, args.seeds):
         values = [f'run.name="{args.name}/{task}/{sweep.run_name(combination)}"', f'train.init_from="{args.source}"']
         values += [f'data.{split}="{args.data}/{task}/{split}"' for split in ("train", "eval")]
         cfg = load_config(args.config, [*args.overrides, *combination, *values], completed)
@@ -44,15 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--from", dest="source", required=True, help="a run, a checkpoint, an export or hf:FOLDER of an encoder")
     add("--data", type=Path, default=Path("data/glue"), help="folder of make_glue_shards.py (default: data/glue)")
-    add("--config", type=Path, default=RECIPE, help=f"recipe (default: {RECIPE})")
+    add("--config", type=Path, default=RECIPE, help="recipe (default: configs/glue/paper.toml)")
     add("--tasks", nargs="+", choices=TRAINED, metavar="TASK", help=f"some of {', '.join(TRAINED)} (default: "
         "those that --data holds)")  # fmt: skip
     add("--lr", nargs="+", default=[], help="learning rates to try (default: the recipe's)")
+    add("--grid", nargs="+", type=of_task, default=[], metavar="TASK:key.sub=a,b", help="keys of one task and values "
+        "to try; its optim.lr takes the place of --lr")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[0], help="of the new head, the order and dropout (default: 0)")
     add("--from-mnli", action="store_true", help=f"start {', '.join(SMALL)} from the MNLI run of the first "
-        "learning rate and the same seed")  # fmt: skip
+        "settings and the same seed; on Slurm they leave the queue where that one fails")  # fmt: skip
     add("--name", help="folder of the runs below run.dir (default: glue/<last part of --from>)")
-    add("--parallel", type=int, help="runs at the same time (default: all)")
+    add("--parallel", type=int, help="runs at the same time, also of those that wait for one MNLI run (default: all)")
     add("overrides", nargs="*", metavar="key.sub=value", help="keys to change in all of them")
     submission.add_options(parser)
     args = parser.parse_intermixed_args(arguments)
@@ -62,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.tasks = args.tasks or [task for task in TRAINED if (args.data / task / "train" / "index.json").exists()]
     if not args.tasks:
         raise UserError(f"--data {args.data}: holds no tasks; tools/make_glue_shards.py makes them")
+    if unknown := [task for task, _ in args.grid if task not in args.tasks]:
+        raise UserError(f"--grid {unknown[0]}: must be one of the tasks {', '.join(args.tasks)}")
     later = [task for task in args.tasks if args.from_mnli and task in SMALL]
     if later and "mnli" not in args.tasks:
         raise UserError("--from-mnli: --tasks must have mnli")
@@ -71,9 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     second = [cfg for task in later for cfg in configs_of(args, task, starts)]
     launch = partial(submission.launch_all, args, args.name.replace("/", "_"), program=submission.FINETUNE)
     code, jobs = launch(configs, parallel=args.parallel)
-    if second:
-        before = [job for job, cfg in zip(jobs, configs, strict=False) if cfg in first["mnli"]]
-        code = max(code, launch(second, parallel=args.parallel, after=before)[0])
+    args.extra = [*args.extra, "kill-on-invalid-dep=yes"]
+    ids = {str(run_folder(cfg)): job for cfg, job in zip(configs, jobs, strict=False)}
+    for start in dict.fromkeys(cfg.train.init_from for cfg in second):
+        waiting = [cfg for cfg in second if cfg.train.init_from == start]
+        after = [ids[start]] if ids else []
+        code = submission.worst([code, launch(waiting, parallel=args.parallel, after=after)[0]])
     if not args.dry_run:
         print(f"\ntable:  python tools/results.py {Path(configs[0].run.dir) / args.name}")
     sys.exit(code)

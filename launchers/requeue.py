@@ -29,6 +29,8 @@ def worth_another(run: Path, code: int, tries: int) -> bool:
     step = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
     failure = read_failure(run)
     reason = "asked to stop" if code == EXIT_STOPPED else failure["reason"] if failure else f"exit code {code}"
+    if code == MISTAKE:
+        reason = _mistake(run) or reason
     ends.append({"time": time.time(), "code": code, "step": step, "reason": reason})
     with path.open("a") as file:
         file.write(json.dumps(ends[-1]) + "\n")
@@ -46,6 +48,16 @@ def worth_another(run: Path, code: int, tries: int) -> bool:
     print(f"{run}: to be started again from step {step} ({in_a_row} of {tries} without a new checkpoint): {reason}",
           file=sys.stderr)  # fmt: skip
     return True
+
+
+def _mistake(run: Path) -> str | None:
+    """What the trainer said of it, in the log of the last start: it may have had no folder yet to note it in."""
+    try:
+        log = Path(json.loads((run / "jobs" / "job.json").read_text())["log"])
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import cloudpickle
@@ -31,6 +32,7 @@ from acn_scale.runs import COMMIT, check_run_folder, git_commit, run_folder, wri
 cloudpickle.register_pickle_by_value(job)
 
 PRETRAIN, FINETUNE = "acn_scale/pretrain.py", "acn_scale/finetune.py"
+NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -79,32 +81,33 @@ def check(cfg: Config, args: argparse.Namespace) -> None:
         raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} is this machine alone")
 
 
-def _content(config: str) -> dict[str, bytes]:
+def _content(values: BaseModel, files: Mapping[str, bytes]) -> dict[str, bytes]:
     """What a job is made of, by its name in the snapshot."""
     sources = Path(acn_scale.__file__).parents[1]
-    files = sorted(path for part in ("acn_scale", "launchers", "tools") for path in (sources / part).rglob("*.py"))
-    return {str(path.relative_to(sources)): path.read_bytes() for path in files} | {"config.json": config.encode()}
-
-
-def snapshot_path(folder: Path, values: BaseModel) -> Path:
-    """Where the snapshot of the code and config as they are now belongs, for a job whose results go to a folder."""
+    programs = sorted(path for part in ("acn_scale", "launchers", "tools") for path in (sources / part).rglob("*.py"))
     config = json.dumps(values.model_dump(mode="json"), indent=1) + "\n"
-    digest = hashlib.sha256(repr(sorted(_content(config).items())).encode()).hexdigest()
+    code = {str(path.relative_to(sources)): path.read_bytes() for path in programs}
+    return code | {"config.json": config.encode()} | files
+
+
+def snapshot_path(folder: Path, values: BaseModel, files: Mapping[str, bytes] = NO_FILES) -> Path:
+    """Where the snapshot of the code and config as they are now belongs, for a job whose results go to a folder."""
+    digest = hashlib.sha256(repr(sorted(_content(values, files).items())).encode()).hexdigest()
     return (folder / "jobs" / f"snapshot_{digest[:12]}").resolve()
 
 
-def prepare(folder: Path, values: BaseModel) -> Path:
-    """Copy the code and the resolved config into the folder, where later edits do not reach; return where.
+def prepare(folder: Path, values: BaseModel, files: Mapping[str, bytes] = NO_FILES) -> Path:
+    """Copy the code, the resolved config and other `files` into the folder, where later edits do not reach; return
+    where.
 
     The same code and config give the same snapshot: one that a queued job waits for is never written over.
     """
-    snapshot = snapshot_path(folder, values)
+    snapshot = snapshot_path(folder, values, files)
     if not snapshot.exists():
         temporary = snapshot.with_suffix(".tmp")
-        config = json.dumps(values.model_dump(mode="json"), indent=1) + "\n"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            for name, content in _content(config).items():
+            for name, content in _content(values, files).items():
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 (temporary / name).write_bytes(content)
             (temporary / COMMIT).write_text(f"{git_commit() or 'not in git'}\n")
@@ -175,7 +178,7 @@ def launch_all(
         check_with_slurm(text)
     snapshots = [prepare(run_folder(cfg), cfg) for cfg in configs]
     if args.cluster == "local":
-        return max(run_here(args, snapshot, program) for snapshot in snapshots), []
+        return worst(run_here(args, snapshot, program) for snapshot in snapshots), []
     jobs = submit(args, name, snapshots, program, parallel, after)
     for job_id, cfg in zip(jobs, configs, strict=True):
         print(f"job {job_id}: {run_folder(cfg)}")
@@ -204,11 +207,22 @@ def submit(
 
 
 def submit_tool(
-    args: argparse.Namespace, name: str, snapshot: Path, command: Sequence[str], marker: Path, after: Sequence[str]
+    args: argparse.Namespace,
+    name: str,
+    snapshot: Path,
+    command: Sequence[str],
+    marker: Path,
+    after: Sequence[str],
+    *,
+    anyway: bool = False,
 ) -> str:
-    """Submit one process, job.run_tool, that begins when the jobs `after` have ended well; return the job's id."""
+    """Submit one process, job.run_tool, that begins when the jobs `after` have ended, well if not `anyway`; return the
+    job's id.
+    """
     executor = submitit.SlurmExecutor(folder=snapshot.parent)
     values = parameters(args, name, [snapshot], after) | {"nodes": 1, "ntasks_per_node": 1}
+    if after and anyway:
+        values["dependency"] = f"afterany:{':'.join(after)}"
     executor.update_parameters(**{key: value for key, value in values.items() if key != "teardown"})
     logging.getLogger("submitit").setLevel(logging.ERROR)
     return executor.submit(job.run_tool, list(command), str(marker), str(snapshot)).job_id
@@ -254,15 +268,21 @@ def run_here(args: argparse.Namespace, snapshot: Path, program: str = PRETRAIN) 
     while True:
         running = executor.submit(job.run, str(snapshot), program)
         print(f"log of rank 0: {running.paths.stderr}", file=sys.stderr)
+        write_json(snapshot.parent / "job.json", {"id": None, "log": str(running.paths.stderr)})
         try:
             codes = _follow(running)
         except KeyboardInterrupt:
             interrupted = True
             running._process.terminate()  # goes on to all ranks
             codes = _follow(running)
-        code = max(codes, key=abs)
+        code = worst(codes)
         if interrupted or not requeue.worth_another(snapshot.parents[1], code, args.tries):
             return code
+
+
+def worst(codes: Iterable[int]) -> int:
+    """That of a signal is negative, and no success either."""
+    return max(codes, key=abs)
 
 
 def _follow(running: submitit.Job) -> list[int]:

@@ -2,23 +2,27 @@
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from ranks import Ranks
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from acn_scale.cli import load_config
 from acn_scale.config import BertConfig
-from acn_scale.convert import TARGETS
+from acn_scale.convert import TARGETS, convert
 from acn_scale.convert.export import read_export, write_export
 from acn_scale.convert.network import Card, Network
 from acn_scale.data import build_stream
@@ -26,13 +30,16 @@ from acn_scale.data.encoders import load_encoder
 from acn_scale.data.make_glue import make_glue_shards
 from acn_scale.data.make_text import train_source_tokenizer
 from acn_scale.data.order import BucketedOrder
+from acn_scale.data.shards import ShardIndex
+from acn_scale.data.tasks import TASKS
 from acn_scale.data.text_sources import TextSources
 from acn_scale.data.tokenizer import CLS, SEP
 from acn_scale.distributed import local_device
 from acn_scale.downstream.metrics import OF_COUNTS, measure
+from acn_scale.downstream.predictions import Predictions
 from acn_scale.downstream.source import completed
 from acn_scale.downstream.table import paired, results_table
-from acn_scale.downstream.tasks import evaluate_task
+from acn_scale.downstream.tasks import Split, _measured, evaluate_task
 from acn_scale.downstream.text_noise import drop_words, swap_characters, text_noise
 from acn_scale.errors import UserError
 from acn_scale.models import build_model
@@ -112,6 +119,11 @@ def fine_tune(cfg: Any) -> None:
     device = local_device()
     assert train(cfg, device)
     evaluate_task(run_folder(cfg), device)
+
+
+def train_only(cfg: Any) -> None:
+    """On every rank."""
+    assert train(cfg, local_device())
 
 
 def evaluated(folder: Path) -> None:
@@ -287,6 +299,7 @@ def test_noise_is_of_the_sample_alone() -> None:
         ("dev", [("sentence1", "sentence2", "score"), ("a", "b", "6")], "line 2: score = '6': must be a number from 0"),
         ("train", [("sentence1", "sentence2", "score"), ("a", "b", "x")], "train.tsv: line 2: score = 'x'"),
         ("train", [("sentence1", "sentence2", "score"), *[("a", "b")] * 3], "train.tsv: line 2: 2 of 3 columns, and 2"),
+        ("test", [("index", "sentence1", "sentence2"), (0, "a", "b"), (1, "a")], "line 3: 2 of 3 columns: the server"),
     ],
 )  # fmt: skip
 def test_bad_files_are_named_with_their_line(
@@ -298,7 +311,31 @@ def test_bad_files_are_named_with_their_line(
     with pytest.raises(UserError, match=r"\.tsv: ") as error:
         make_glue_shards(f"tsv:{tmp_path}", ["stsb"], tmp_path / "out")
     assert message in str(error.value)
-    assert not (tmp_path / f"out/stsb/{'eval' if name == 'dev' else 'train'}/index.json").exists()
+    assert not (tmp_path / f"out/stsb/{name.replace('dev', 'eval')}/index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("a", "b", 5.5)], "stsb, train: row 0: label = 5.5: must be a number from 0 to 5"),
+        ([("a", "b", -2)], "stsb, train: row 0: label = -2: must be a number from 0 to 5"),
+    ],
+)
+def test_bad_hugging_face_rows_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[tuple], message: str
+) -> None:
+    """Of a local folder with a config for the task."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    hub = tmp_path / "hub"
+    (hub / "stsb").mkdir(parents=True)
+    (hub / "README.md").write_text(
+        "---\nconfigs:\n- config_name: stsb\n  data_files:\n  - {split: train, path: stsb/train.parquet}\n---\n"
+    )
+    columns = dict(zip(("sentence1", "sentence2", "label"), map(list, zip(*rows, strict=True)), strict=True))
+    parquet.write_table(pa.table(columns), hub / "stsb/train.parquet")
+    with pytest.raises(UserError) as error:
+        make_glue_shards(f"hf:{hub}", ["stsb"], tmp_path / "out")
+    assert message in str(error.value)
 
 
 def test_what_does_not_fit_is_refused(encoder: Path, shards: Path, tmp_path: Path) -> None:
@@ -319,12 +356,17 @@ def test_what_does_not_fit_is_refused(encoder: Path, shards: Path, tmp_path: Pat
 def test_anothers_tokenizer_is_refused(encoder: Path, shards: Path, tmp_path: Path) -> None:
     """Of ours and of Hugging Face's folders; as many pieces do not make it the same, a copy of one file does."""
     net = read_export(encoder)
+    named = [f"model.{key}={json.dumps(value)}" for key, value in net.card.model.model_dump(exclude_none=True).items()]
+    named.append("model.num_classes=2")
+    with pytest.raises(UserError, match="other: not the tokenizer that"):
+        train_source_tokenizer(TextSources(["pydoc"]), 300, tmp_path / "other", eval_share=0.5)
+        fine_tuning(tmp_path, encoder, shards, "mrpc", f"data.tokenizer={tmp_path}/other", *named)
+    fine_tuning(tmp_path, encoder, shards, "mrpc", f"data.tokenizer={encoder}", *named)
     cfg = net.card.model.model_copy(update={"connectivity": "residual"})
     (tmp_path / "hf").mkdir()
     TARGETS["hf"](
         Network(build_model(cfg), net.card.model_copy(update={"model": cfg}), net.tokenizer), tmp_path / "hf", "fp32"
     )
-    train_source_tokenizer(TextSources(["pydoc"]), 300, tmp_path / "other", eval_share=0.5)
     for name in ("same/tokenizer.json", "same_ours/tokenizer.model"):
         (tmp_path / name).parent.mkdir()
     shutil.copy(tmp_path / "hf/tokenizer.json", tmp_path / "same")
@@ -339,6 +381,26 @@ def test_a_network_of_another_kind_is_refused(two_ranks: Ranks, encoder: Path, s
     """On all ranks, with the same words."""
     messages = two_ranks(complaint, encoder, str(shards / "mrpc/eval"))
     assert messages == [f"{encoder}: must be a classifier of texts"] * 2
+
+
+def test_a_network_of_images_is_refused_by_its_kind(twins: list[Path], shards: Path, tmp_path: Path) -> None:
+    convert(str(twins[0]), "safetensors", tmp_path / "export")
+    for source in (twins[0], tmp_path / "export"):
+        with pytest.raises(UserError) as error:
+            fine_tuning(tmp_path, source, shards, "mrpc")
+        assert str(error.value) == f"train.init_from = {source}: a vit; data.kind = sentences takes a bert"
+
+
+def test_shards_of_another_task_are_refused(one_rank: Ranks, encoder: Path, shards: Path, tmp_path: Path) -> None:
+    """With as many classes they would be measured, and be in the table of results. MNLI's network answers AX."""
+    cfg = fine_tuning(tmp_path, encoder, shards, "mrpc")
+    one_rank(train_only, cfg)
+    (message,) = one_rank(complaint, run_folder(cfg), str(shards / "cola/eval"))
+    assert message == f"--data {shards}/cola/eval: holds cola; {run_folder(cfg)} was trained on mrpc"
+    assert not list((run_folder(cfg) / "eval").glob("*cola*"))
+    convert(str(run_folder(cfg)), "safetensors", tmp_path / "export")
+    (message,) = one_rank(complaint, tmp_path / "export", str(shards / "cola/eval"))
+    assert message.endswith("export was trained on mrpc")
 
 
 def test_results_over_seeds(tmp_path: Path) -> None:
@@ -365,6 +427,121 @@ def test_results_over_seeds(tmp_path: Path) -> None:
     assert paired([(0.5, 0.4)]) is None
     with pytest.raises(UserError, match="holds no results"):
         results_table([tmp_path / "acn/seed=0/eval"])
+
+
+@pytest.mark.parametrize(
+    ("said", "noted"),
+    [
+        ([1, 1, 1, 1, 1], "all samples are given the same class"),
+        ([1, 1, 0, 0, 0], "accuracy 60.00 is not above 60.00, the share of the most frequent label"),
+        ([1, 1, 0, 1, 0], None),
+    ],
+)
+def test_a_score_of_the_majority_class_says_so(
+    shards: Path, said: list[int], noted: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The warning is of full depth; at the others the note tells."""
+    labels = np.array([1, 0, 0, 1, 0])
+    index = ShardIndex.load(shards / "mrpc/eval")
+    found = _measured(
+        Predictions(np.arange(5), labels, np.array([said, said]).T), Split("mrpc", index, TASKS["mrpc"], None),
+        "mrpc", "digest", 0,
+    )  # fmt: skip
+    assert {each.note for each in found} == {noted}
+    assert {each.depth for each in found} == {0, 1}
+    assert [record.getMessage().startswith(f"mrpc: {noted}") for record in caplog.records] == [True] * bool(noted)
+
+
+def results(folder: Path, runs: Sequence[tuple[int | None, Sequence[float]]], task: str = "rte") -> Path:
+    """A network's folder of evaluated runs, each with its seed and its accuracy at every depth."""
+    for number, (seed, curve) in enumerate(runs):
+        lines = [{"task": task, "metric": "accuracy", "value": value, "depth": depth, "seed": seed}
+                 for depth, value in enumerate(curve)]  # fmt: skip
+        path = folder / f"run{number}/eval/{task}.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(lines))
+    return folder
+
+
+def rows_of(*folders: Path) -> list[dict[str, str]]:
+    """The table's lines."""
+    path = folders[0].parent / "table.csv"
+    results_table(folders, table=path)
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "tested"),
+    [
+        ([None, None, None], [None, None, None], False),
+        ([0, 0, 1], [0, 1, 2], False),
+        ([0, 1, 2], [1, 1, 2], False),
+        ([0, 1, 2], [None, 1, 2], True),
+    ],
+)
+def test_only_what_has_one_seed_is_paired(
+    tmp_path: Path, ours: list[int | None], theirs: list[int | None], tested: bool
+) -> None:
+    """Exports have none, and of runs of one seed it is not known which goes with which."""
+    first = results(tmp_path / "acn", [(seed, [0.5, 0.80 + place / 50]) for place, seed in enumerate(ours)])
+    second = results(tmp_path / "twin", [(seed, [0.5, 0.70 + place / 90]) for place, seed in enumerate(theirs)])
+    assert (rows_of(first, second)[1]["p"] != "") == tested
+
+
+def test_means_are_not_measured_again(tmp_path: Path) -> None:
+    """Written into a run below the folders, into one that has no results as well, they change no later table."""
+    folder = results(tmp_path / "acn", [(seed, [0.5, 0.8, 0.802 + seed / 1000]) for seed in range(3)])
+    (folder / "run9").mkdir()
+    (folder / "run9/environment.json").write_text("{}")
+    before = results_table([folder])
+    for into in ("run0", "run9"):
+        assert results_table([folder], into=folder / into) == results_table([folder]) == before
+        assert [each.mean_of for each in read_measurements(folder / into) if "mean" in (each.note or "")] == [3]
+
+
+def test_networks_of_several_depths_have_a_mean_and_no_cut_off(tmp_path: Path) -> None:
+    """As after cut_while_training: what is at a depth of one is not there in the other."""
+    folder = results(tmp_path / "acn", [(0, [0.5, 0.8, 0.9]), (1, [0.5, 0.7])])
+    (row,) = rows_of(folder)
+    assert float(row["mean"]) == pytest.approx(80)
+    assert (row["cutoff"], row["blocks"], row["mean_there"], row["note"]) == ("", "", "", "networks of 1 and 2 blocks")
+    text = results_table([folder], into=folder / "run0")
+    assert "networks of 1 and 2 blocks" in text
+    assert read_measurements(folder / "run0")[0].depth is None
+
+
+def submitted(encoder: Path, shards: Path, tmp_path: Path, *arguments: object) -> str:
+    """What launchers/glue.py would submit."""
+    folders = ["--from", encoder, "--data", shards, "--name", "x"]
+    done = forked.command(ROOT / "launchers/glue.py", *folders, *arguments, "--dry-run", f"run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_task_has_a_grid_of_its_own(encoder: Path, shards: Path, tmp_path: Path) -> None:
+    """On top of what all have, and its learning rates in the place of theirs."""
+    grid = ["--grid", "mrpc:optim.lr=1e-3,2e-3", "mrpc:train.global_batch_size=8,16", "cola:train.clip_norm=1.0,2.0"]
+    text = submitted(encoder, shards, tmp_path, "--tasks", "cola", "mrpc", "stsb", "--lr", "5e-5", *grid)
+    counts = {task: len(set(re.findall(rf"/x/{task}/(lr[^/\s]+)", text))) for task in ("cola", "mrpc", "stsb")}
+    assert counts == {"cola": 2, "mrpc": 4, "stsb": 1}
+    assert f"{tmp_path}/x/cola/lr=5e-5-clip_norm=2.0-seed=0" in text
+    assert f"{tmp_path}/x/mrpc/lr=2e-3-global_batch_size=8-seed=0" in text
+    for axis, message in (("rte:optim.lr=1", "--grid rte: must be one of the tasks cola"), ("x", "must be TASK:key")):
+        command = ["--from", encoder, "--data", shards, "--tasks", "cola", "--grid", axis, "--dry-run"]
+        done = forked.command(ROOT / "launchers/glue.py", *command)
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+
+def test_what_starts_from_mnli_waits_for_its_own_run(encoder: Path, shards: Path, tmp_path: Path) -> None:
+    """One array for each of its seeds, which leaves the queue where that run fails."""
+    text = submitted(encoder, shards, tmp_path, "--tasks", "mnli", "mrpc", "stsb", "--seeds", 0, 1, "--from-mnli")
+    first, *others = text.split("#!/bin/bash")[1:]
+    assert "kill-on-invalid-dep" not in first
+    assert [sorted(set(re.findall(r"x/(\w+/seed=\d)", each))) for each in others] == [
+        ["mrpc/seed=0", "stsb/seed=0"], ["mrpc/seed=1", "stsb/seed=1"]
+    ]  # fmt: skip
+    assert all("kill-on-invalid-dep=yes" in each for each in others)
 
 
 def test_a_network_of_a_grid_counts_by_its_best_settings(

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from test_pretrain import command_line, measured, run
 
 from acn_scale.cli import load_config
 from acn_scale.config import Config
+from acn_scale.downstream.table import results_table
 from acn_scale.runs import run_folder
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "launchers"))
 
+import chain as chain_module  # noqa: E402
 import requeue  # noqa: E402
 import status  # noqa: E402
 import submission  # noqa: E402
@@ -96,6 +99,27 @@ def test_a_snapshot_does_not_change(
     assert load_config(first / "config.json") == vit()
 
 
+def options(*arguments: str) -> argparse.Namespace:
+    """Where to run, as a launcher reads it."""
+    parser = argparse.ArgumentParser()
+    submission.add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def test_a_killed_run_is_no_success(tmp_path: Path, small: list[str]) -> None:
+    """Whatever comes after it. Of a signal the exit code is negative."""
+    config = tmp_path / "small.json"
+    config.write_text(load_config(Path(small[1]), small[2:]).model_dump_json())
+    (tmp_path / "killed.py").write_text(
+        "import json, os, sys\nif json.load(open(sys.argv[2]))['run']['seed'] == 0:\n    os.kill(os.getpid(), 9)\n"
+    )
+    configs = [load_config(config, [f"run.name=seed{seed}", f"run.seed={seed}"]) for seed in (0, 1)]
+    program = "../../../../killed.py"  # from the snapshot in a run's jobs/
+    code, _ = submission.launch_all(options("--cluster", "local", "--tries", "1"), "x", configs, program)
+    assert code == -9
+    assert submission.worst([1, 0, -9, 0]) == -9
+
+
 def test_grid() -> None:
     combinations = sweep.combinations(["optim.lr=1e-3,3e-3", "model.connectivity=acn,residual"], [0, 1])
     assert len(combinations) == 8
@@ -135,6 +159,16 @@ def test_what_is_started_again(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert end(run, 1, 90), "started by hand after its end"
 
 
+def test_a_run_that_is_refused_says_why(tmp_path: Path, small: list[str]) -> None:
+    """In the table of states and in that of results, though it was never opened."""
+    run, reason = tmp_path / "runs/tiny", "gone/index.json: No such file or directory; tools/make_*_shards.py write"
+    done = launch("pretrain.py", *small, "--cluster", "local", "data.eval=gone")
+    assert done.returncode == 2
+    assert not (run / "environment.json").exists()
+    assert status.status(run, {})[-1].startswith(reason)
+    assert f"failed: {run}: {reason}" in results_table([run.parent])
+
+
 @pytest.mark.slow
 def test_local_starts_again_what_dies(tmp_path: Path, small: list[str], two_ranks: Callable) -> None:
     """Two processes here; one is killed; the run goes on by itself and ends as the unbroken one."""
@@ -168,6 +202,23 @@ def test_debug_is_this_process(tmp_path: Path, small: list[str]) -> None:
     nothing = launch("status.py", tmp_path / "nowhere")
     assert (nothing.returncode, nothing.stderr) == (2, f"error: {tmp_path}/nowhere: no runs in there\n")
 
+
+GRID = """
+[[stage]]
+name = "grid"
+after = []
+tool = "sweep"
+arguments = ["--config", "{config}", "--cluster", "local", "run.name=grid", "train.length=2step", "--tries", "1"]
+[[stage]]
+name = "states"
+tool = "status"
+arguments = ["{folder}/runs"]
+even_after_failure = true
+[[stage]]
+name = "last"
+tool = "status"
+arguments = ["{folder}/runs"]
+"""
 
 CHAIN = """
 name = "chain/tiny"
@@ -216,6 +267,94 @@ def test_a_chain_goes_on_after_a_stage_that_failed(tmp_path: Path, chain: Path) 
     chain.write_text(other)
     lines = launch("chain.py", "--config", chain, "--dry-run").stdout.splitlines()
     assert [line.split()[1] for line in lines] == ["to", "done", "done"]
+
+
+def states(chain: Path) -> dict[str, str]:
+    """Of each stage, "done" or "to"."""
+    done = launch("chain.py", "--config", chain, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    return {line.split()[0]: line.split()[1] for line in done.stdout.splitlines()}
+
+
+def test_a_run_that_began_from_other_stages_is_not_done(tmp_path: Path, chain: Path) -> None:
+    """Its folder has to go, or the note of what it began from; other workers of a stage count as another stage."""
+    chain.write_text(chain.read_text().replace("after = []\n", ""))
+    assert launch("chain.py", "--config", chain, "--cluster", "local").returncode == 0
+    assert set(states(chain).values()) == {"done"}
+    chain.write_text(chain.read_text().replace('"--workers", "1"', '"--workers", "2"'))
+    refused = launch("chain.py", "--config", chain, "--cluster", "local")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+    run = tmp_path / "runs/tiny"
+    assert (
+        f"stage train: {run} began after other stages than shards as they are now; remove or rename" in refused.stderr
+    )
+    (marker,) = (tmp_path / "chain/tiny/done").glob("train-*")
+    assert f"or remove {marker} to keep it" in refused.stderr
+    marker.rename(tmp_path / "marker")
+    assert states(chain) == {"shards": "to", "train": "done", "convert": "to"}
+    (tmp_path / "marker").rename(marker)
+    run.rename(tmp_path / "runs/before")
+    assert states(chain) == {"shards": "to", "train": "to", "convert": "to"}
+    failed = launch("chain.py", "--config", chain, "--cluster", "local")
+    assert f"{tmp_path}/export: is there already" in failed.stderr
+    assert states(chain) == {"shards": "done", "train": "done", "convert": "to"}
+
+
+def test_a_conversion_is_made_anew(tmp_path: Path, chain: Path) -> None:
+    """After a kill between folder and marker too; a folder with anything else in it stays as it is."""
+    chain.write_text(chain.read_text().replace('"--to"', '"--replace", "--to"'))
+    assert launch("chain.py", "--config", chain, "--cluster", "local").returncode == 0
+    (marker,) = (tmp_path / "chain/tiny/done").glob("convert-*")
+    marker.unlink()
+    weights = tmp_path / "export/model.safetensors"
+    weights.write_bytes(b"not whole")
+    assert launch("chain.py", "--config", chain, "--cluster", "local").returncode == 0
+    assert weights.stat().st_size > 1000
+    marker.unlink()
+    (tmp_path / "export/mine.txt").write_text("mine")
+    failed = launch("chain.py", "--config", chain, "--cluster", "local")
+    assert failed.returncode == 2
+    assert f"--out {tmp_path}/export: is there already, with mine.txt, which would be lost" in failed.stderr
+    assert (tmp_path / "export/mine.txt").exists() and weights.exists()
+
+
+@pytest.fixture
+def grid(tmp_path: Path, small: list[str]) -> Path:
+    """A chain of a launcher that takes a TOML file, what comes even after its failure, and what does not."""
+    path = tmp_path / "grid.toml"
+    path.write_text(f'name = "chain/grid"\ndir = "{tmp_path}"\n' + GRID.format(folder=tmp_path, config=small[1]))
+    return path
+
+
+def test_a_config_of_a_stage_is_that_of_the_submission(tmp_path: Path, grid: Path, small: list[str]) -> None:
+    """It lies in the snapshot; an edit makes the stage another one."""
+    (tmp_path / "chain/grid/done").mkdir(parents=True)
+    (step,) = chain_module.steps_of(chain_module.read_chain(grid))[:1]
+    snapshot = submission.prepare(tmp_path / "chain/grid", chain_module.read_chain(grid), step.files)
+    config = Path(small[1])
+    before, edited = config.read_text(), config.read_text().replace("lr = 1e-3", "lr = 2e-3")
+    config.write_text(edited)
+    command = step.run(snapshot)
+    assert load_config(Path(command[command.index("--config") + 1])).optim.lr == 1e-3
+    assert chain_module.steps_of(chain_module.read_chain(grid))[0].digest != step.digest
+    config.write_text(before)
+    assert chain_module.steps_of(chain_module.read_chain(grid))[0].digest == step.digest
+
+
+def test_what_comes_even_after_a_failure(tmp_path: Path, grid: Path) -> None:
+    """Is run, is not done by that, and does not make the chain a success."""
+    whole = grid.read_text()
+    grid.write_text(whole.replace('"run.name=grid"', '"run.name=grid", "train.init_from=nowhere"'))
+    failed = launch("chain.py", "--config", grid, "--cluster", "local")
+    assert failed.returncode == 2
+    assert "stage 2 of 3, states" in failed.stderr and "stage 3" not in failed.stderr
+    assert f"{tmp_path}/runs/grid" in failed.stdout
+    assert states(grid) == {"grid": "to", "states": "to", "last": "to"}
+    shutil.rmtree(tmp_path / "runs")
+    grid.write_text(whole)
+    done = launch("chain.py", "--config", grid, "--cluster", "local")
+    assert done.returncode == 0, done.stderr
+    assert states(grid) == {"grid": "done", "states": "done", "last": "done"}
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,25 @@ def test_noise_side_by_side(twins: list[Path], tmp_path: Path) -> None:
     assert ["run", "3", "0.375", "1.375", "2.375"] in [cells[place : place + 5] for place in range(first, first + 30)]
 
 
+def test_what_a_measurement_notes_is_shown(twins: list[Path], tmp_path: Path) -> None:
+    """Means of several networks differ by it alone. They are not the network's own under noise."""
+    folder = tmp_path / "run"
+    shutil.copytree(twins[0], folder)
+    (folder / "eval").mkdir()
+    own = {"task": "rte+swap_0.1", "metric": "accuracy", "value": 0.125, "depth": 3, "note": "from mnli & on"}
+    (folder / "eval/rte+swap_0.1.json").write_text(json.dumps(own))
+    means = [own | {"value": value, "mean_of": 3, "note": f"{name}: mean of 3 seeds"}
+             for name, value in (("acn", 0.75), ("twin", 0.625))]  # fmt: skip
+    (folder / "eval/z.json").write_text(json.dumps(means))
+    depth_report([folder], tolerance=100)
+    html = (folder / "report" / "report.html").read_text()
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)<", html[html.index("Under noise") :])
+    assert cells[cells.index("rte") :][:6] == ["rte", "depth", "swap_0.1", "run", "3", "0.125"]
+    notes = ["from mnli &amp; on", "acn: mean of 3 seeds", "twin: mean of 3 seeds"]
+    head = cells[cells.index("network") :]
+    assert [head[head.index("note") + 10 * (row + 1)] for row in range(3)] == notes
+
+
 def test_what_comes_from_files_is_escaped(twins: list[Path], tmp_path: Path) -> None:
     evil = '"><script>alert(1)<'
     folder = tmp_path / evil

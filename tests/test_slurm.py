@@ -77,6 +77,28 @@ def over(cluster: slurm.Slurm, job: str) -> bool:
     return job not in cluster.run("squeue", "-h", "-o", "%A")
 
 
+def test_a_chain_goes_past_a_failure_where_a_stage_asks_for_it(cluster: slurm.Slurm, tmp_path: Path) -> None:
+    """And no stage after it stays in the queue."""
+    (tmp_path / "runs/one/jobs").mkdir(parents=True)
+    (tmp_path / "runs/one/jobs/job.json").write_text("{}")
+    stages = [
+        ("bad", "nowhere", ""),
+        ("even", "runs", "even_after_failure = true"),
+        ("after", "runs", 'after = ["bad"]'),
+    ]
+    lines = [f'name = "chain"\ndir = "{tmp_path}"'] + [
+        f'[[stage]]\nname = "{name}"\ntool = "status"\narguments = ["{tmp_path}/{folder}"]\n{more}'
+        for name, folder, more in stages
+    ]
+    (tmp_path / "chain.toml").write_text("\n".join(lines))
+    submitted = launch(cluster, "chain.py", "--config", tmp_path / "chain.toml", "--time", "0:05")
+    assert submitted.returncode == 0, submitted.stderr
+    until(lambda: not cluster.run("squeue", "-h"), "a job stays in the queue")
+    assert [path.name.partition("-")[0] for path in (tmp_path / "chain/done").iterdir()] == ["even"]
+    left = launch(cluster, "chain.py", "--config", tmp_path / "chain.toml", "--dry-run").stdout
+    assert left.count("to do") == 3
+
+
 def test_whatever_happens_to_a_job_the_run_ends_the_same(cluster: slurm.Slurm, config: Path) -> None:
     """Requeued, asked to stop, out of time, a node lost: the metrics are those of the unbroken run, bit for bit."""
     options = ["--config", config, "--nodes", 2, "--cpus-per-task", 1]

@@ -24,6 +24,8 @@ def main() -> None:
     add("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
     add("--ema", action="store_true", help="take the moving average of the weights")
     add("--out", type=Path, required=True, help="folder to write, new or empty")
+    add("--replace", action="store_true", help="take the place of what an earlier conversion wrote to --out; a folder "
+        "that holds anything else stays as it is")  # fmt: skip
     args = parser.parse_args()
     print(
         convert(
@@ -34,6 +36,7 @@ def main() -> None:
             tolerance=args.tolerance,
             dtype=args.dtype,
             average=args.ema,
+            replace=args.replace,
         )
     )
 

@@ -3,7 +3,8 @@
     python tools/results.py runs/glue/ac_bert runs/glue/residual_bert
 
 Each folder is one network, with all runs below it. Of several settings, such as learning rates, the one with the
-highest median counts. The others are tested against the first: a paired t-test over the seeds that both have.
+highest median counts. The others are tested against the first: a paired t-test over the seeds of which each of
+the two has one run.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """From a checkpoint to a network that others can use: read it, cut it, write it in the form they load."""
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,19 +31,21 @@ def convert(
     tolerance: float | None = None,
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
     average: bool = False,
+    replace: bool = False,
 ) -> str:
     """Write the network in `source` to the new folder `out`, in the form `to`, one of TARGETS; say what was done.
 
-    `depth` cuts it there, `tolerance` at the cut-off. Raises UserError; `out` is then not there.
+    `depth` cuts it there, `tolerance` at the cut-off. With `replace`, `out` can hold an earlier result, and nothing
+    else. Raises UserError; `out` is then as it was.
     """
-    with new_folder(out) as folder:
+    with new_folder(out, replace=replace) as folder:
         net = read_model(source, average=average)
         if depth is not None:
             net = net.cut(depth)
         elif tolerance is not None:
             net = net.cut_within(tolerance)
         card = net.card.portable()
-        TARGETS[to](replace(net, card=card), folder, dtype)
+        TARGETS[to](dataclasses.replace(net, card=card), folder, dtype)
     parameters = sum(parameter.numel() for parameter in net.model.parameters())
     return (
         f"{out}: {card.model.name}, {card.model.connectivity}, {card.model.depth} of {card.full_depth} blocks, "

@@ -26,7 +26,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Lines:
-    """The rows of one split, and how many lines were left out since they lack columns."""
+    """The rows of one split, and the lines that were left out, with what they lack."""
 
     rows: list[Row]
     broken: list[str]
@@ -73,6 +73,8 @@ def _rows(path: Path, file: Iterator[str], task: Task, split: str) -> Lines:
     for number, cells in lines:
         if len(cells) != len(columns):
             broken.append(f"{path}: line {number}: {len(cells)} of {len(columns)} columns")
+            if tests:
+                raise UserError(f"{broken[0]}: the server takes a prediction for each line of a test file")
             continue
         values = dict(zip(columns, cells, strict=True))
         label = None if tests else _label(values[task.label], task, f"{path}: line {number}: {task.label}")
@@ -90,14 +92,18 @@ def _label(text: str, task: Task, what: str) -> float:
         if text not in task.labels:
             raise UserError(f"{what} = {text!r}: must be one of {', '.join(task.labels)}")
         return task.labels.index(text)
-    low, high = task.range
     try:
         value = float(text)
     except ValueError:
         value = float("nan")
-    if not low <= value <= high:
-        raise UserError(f"{what} = {text!r}: must be a number from {low:g} to {high:g}")
+    _check_range(value, task, f"{what} = {text!r}")
     return value
+
+
+def _check_range(value: float, task: Task, what: str) -> None:
+    low, high = task.range
+    if not low <= value <= high:
+        raise UserError(f"{what}: must be a number from {low:g} to {high:g}")
 
 
 def _from_hub(rest: str, name: str, task: Task, split: str) -> Lines | None:
@@ -118,7 +124,10 @@ def _from_hub(rest: str, name: str, task: Task, split: str) -> Lines | None:
     texts = HUB_TEXTS.get(name, task.texts)
     if missing := [column for column in (*texts, "label") if column not in table.column_names]:
         raise UserError(f"hf:{path}: {name}, {theirs}: has no column {missing[0]!r}")
-    return Lines(list(_hub_rows(table, task, texts, f"hf:{path}: {name}, {theirs}")), [])
+    rows = list(_hub_rows(table, task, texts, f"hf:{path}: {name}, {theirs}"))
+    if not rows:
+        raise UserError(f"hf:{path}: {name}, {theirs}: holds no rows")
+    return Lines(rows, [])
 
 
 def _hub_rows(table: Any, task: Task, texts: tuple[str, ...], what: str) -> Iterator[Row]:
@@ -127,6 +136,8 @@ def _hub_rows(table: Any, task: Task, texts: tuple[str, ...], what: str) -> Iter
         label = None if label is None or label == -1 else float(label)
         if label is not None and task.labels and label not in range(len(task.labels)):
             raise UserError(f"{what}: row {number}: label = {label:g}: must be 0 to {len(task.labels) - 1}")
+        if label is not None and not task.labels:
+            _check_range(label, task, f"{what}: row {number}: label = {label:g}")
         yield Row(tuple(values[text] for text in texts), label, str(values.get("idx", number)))
 
 

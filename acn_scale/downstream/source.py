@@ -21,15 +21,19 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
     source's tokenizer for sentences, or its mean and deviation for images. A config that names its model is left as it
     is.
 
-    Raises UserError where keys are missing, or data.tokenizer is not the source's.
+    Raises UserError where keys are missing, data.tokenizer is not the source's, or the source takes no sentences.
     """
-    if values.get("model", {}).get("name"):
-        return values
     source, data = values.get("train", {}).get("init_from"), values.get("data", {})
+    if values.get("model", {}).get("name"):
+        if data.get("kind") == "sentences" and isinstance(source, str) and isinstance(data.get("tokenizer"), str):
+            _check_tokenizer(_tokenizer_beside(source), source, data["tokenizer"])
+        return values
     for key, given in (("train.init_from", source), ("data.train", data.get("train"))):
         if not isinstance(given, str):
             raise UserError(f"{key}: missing; the model is found out from it")
     model, tokenizer, images = _known_of(source)
+    if data.get("kind") == "sentences" and model.name != "bert":
+        raise UserError(f"train.init_from = {source}: a {model.name}; data.kind = sentences takes a bert")
     classes = len(ShardIndex.load(data["train"], RemoteConfig()).info.get("classes", []))
     model = model.model_dump(mode="json") | {"num_classes": classes or 1} | values.get("model", {})
     if data.get("kind") == "sentences":
@@ -59,6 +63,15 @@ def tokenizer_folder(source: str) -> str:
         raise UserError(f"train.init_from = {source}: has no tokenizer; name one with data.tokenizer")
     data = read_config(run).data
     return data.tokenizer if isinstance(data, SentenceDataConfig) else data.train
+
+
+def _tokenizer_beside(source: str) -> bytes | None:
+    """Read without the network, which a run that goes on needs no more; None where it cannot be."""
+    try:
+        path = Path(tokenizer_folder(source)) / TOKENIZER_NAME
+    except UserError:
+        return None
+    return path.read_bytes() if path.exists() and not source.startswith("hf:") else None
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -1,6 +1,8 @@
 """The results of many runs as one table: over seeds, at full depth and at the cut-off, networks against one another."""
 
+import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -11,13 +13,11 @@ from scipy import stats
 
 from acn_scale.depth import cutoff
 from acn_scale.errors import UserError
-from acn_scale.files import csv_lines, write_file
+from acn_scale.files import csv_lines, whole_lines, write_file
 from acn_scale.results import LOWER_IS_BETTER, NOT_SHARES, Measurement, read_measurements, write_measurements
 from acn_scale.runs import read_config, read_json
 from acn_scale.tables import markdown
 from acn_scale.watchdog import read_failure
-
-NOT_SETTINGS = ("run.", "data.", "train.init_from", "eval.", "checkpoint.", "health.", "profile.", "model.")
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Line:
     deviation: float | None  # of a sample; None of one seed
     median: float
     best: float
-    cutoff: int  # by the mean over seeds
-    blocks: int
-    mean_there: float  # at the cut-off
-    p: float | None  # paired t-test over seeds against the first network; None with fewer than two in common
+    cutoff: int | None  # by the mean over seeds; None where the networks are of several depths
+    blocks: int | None  # likewise
+    mean_there: float | None  # at the cut-off
+    p: float | None  # paired t-test over seeds against the first network; None with fewer than two pairs
     settings: str
     note: str
 
@@ -61,7 +61,7 @@ def results_table(
     """
     found = {folder: list(_runs(folder)) for folder in folders}
     names = _names(folders)
-    lines, failures = [], [each for folder in folders for each in _failures(folder)]
+    lines, failures = [], [each for folder, runs in found.items() for each in _failures(folder, runs)]
     for task in dict.fromkeys(task for runs in found.values() for task, _ in runs):
         first: Sequence[Scores] = ()
         for folder, runs in found.items():
@@ -96,7 +96,8 @@ def _runs(folder: Path) -> Iterator[tuple[str, Scores]]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     for run in sorted({path.parent.parent for path in folder.rglob("eval/*.json")}):
-        measurements = read_measurements(run)
+        # Means are what an earlier table has written there.
+        measurements = [each for each in read_measurements(run) if each.mean_of is None]
         settings, note = _settings(run)
         for task in dict.fromkeys(each.task for each in measurements):
             mine = [each for each in measurements if each.task == task]
@@ -148,11 +149,17 @@ def _lines(
     for metric in chosen[0].metrics:
         curves = [each.metrics[metric] for each in chosen]
         values = [curve[-1] for curve in curves]
-        mean_curve = [fmean(column) for column in zip(*curves, strict=True)]
         sign = -1 if metric in LOWER_IS_BETTER else 1
-        cut = cutoff([sign * value for value in mean_curve], tolerance)
-        others = {each.seed: each.metrics[metric][-1] for each in first if metric in each.metrics}
-        pairs = [(value, others[each.seed]) for each, value in zip(chosen, values, strict=True) if each.seed in others]
+        depths = sorted({len(curve) - 1 for curve in curves})
+        cut = blocks = mean_there = None
+        notes = [each.note for each in chosen]
+        if len(depths) == 1:
+            mean_curve = [fmean(column) for column in zip(*curves, strict=True)]
+            cut, blocks = cutoff([sign * value for value in mean_curve], tolerance), depths[0]
+            mean_there = 100 * mean_curve[cut]
+        else:
+            notes = [f"networks of {' and '.join(map(str, depths))} blocks", *notes]
+        ours, theirs = _by_seed(chosen, metric), _by_seed(first, metric)
         yield Line(
             task=task,
             network=network,
@@ -163,12 +170,19 @@ def _lines(
             median=100 * median(values),
             best=100 * sign * max(sign * value for value in values),
             cutoff=cut,
-            blocks=len(mean_curve) - 1,
-            mean_there=100 * mean_curve[cut],
-            p=paired(pairs),
+            blocks=blocks,
+            mean_there=mean_there,
+            p=paired([(value, theirs[seed]) for seed, value in ours.items() if seed in theirs]),
             settings=settings,
-            note="; ".join(dict.fromkeys(each.note for each in chosen if each.note)),
+            note="; ".join(dict.fromkeys(filter(None, notes))),
         )
+
+
+def _by_seed(scores: Sequence[Scores], metric: str) -> dict[int, float]:
+    """At full depth, of each seed that is that of one run; exports have none."""
+    times = Counter(each.seed for each in scores)
+    return {each.seed: each.metrics[metric][-1] for each in scores
+            if each.seed is not None and times[each.seed] == 1 and metric in each.metrics}  # fmt: skip
 
 
 def paired(pairs: Sequence[tuple[float, float]]) -> float | None:
@@ -180,13 +194,17 @@ def paired(pairs: Sequence[tuple[float, float]]) -> float | None:
     return float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)
 
 
-def _failures(folder: Path) -> Iterator[str]:
-    """Runs that were started and have no results, with the reason where it is known."""
-    for environment in sorted(folder.rglob("environment.json")):
-        run = environment.parent
-        if not any((run / "eval").glob("*.json")) and "snapshot_" not in str(run):
-            failure = read_failure(run)
-            yield f"{run}: {failure['reason'] if failure else 'not finished, or not evaluated'}"
+def _failures(folder: Path, runs: Sequence[tuple[str, Scores]]) -> Iterator[str]:
+    """Runs that were started or submitted and are not among those with results, with the reason where it is known."""
+    evaluated = {scores.run for _, scores in runs}
+    marks = ("environment.json", "jobs/job.json")  # of the run itself, and of a launcher
+    started = {path.parents[mark.count("/")] for mark in marks for path in folder.rglob(mark)}
+    for run in sorted(started - evaluated):
+        if "snapshot_" not in str(run):
+            failure, ends = read_failure(run), run / "jobs" / "ends.jsonl"
+            end = json.loads(whole_lines(ends)[-1]) if ends.exists() else {"code": 0}
+            known = [end["reason"]] if end["code"] else [failure["reason"]] if failure else []
+            yield f"{run}: {known[0] if known else 'not finished, or not evaluated'}"
 
 
 def _markdown(lines: Sequence[Line]) -> str:
@@ -207,9 +225,10 @@ def _markdown(lines: Sequence[Line]) -> str:
     for line in lines:
         deviation = "" if line.deviation is None else f" ± {line.deviation:.2f}"
         settings = "; ".join(filter(None, [line.settings, line.note]))
+        cut = ["", ""] if line.cutoff is None else [f"{line.cutoff} of {line.blocks}", f"{line.mean_there:.2f}"]
         rows.append([line.task, line.network, line.metric, str(line.seeds), f"{line.mean:.2f}{deviation}",
-                     f"{line.median:.2f}", f"{line.best:.2f}", f"{line.cutoff} of {line.blocks}",
-                     f"{line.mean_there:.2f}", "" if line.p is None else f"{line.p:.3f}", settings])  # fmt: skip
+                     f"{line.median:.2f}", f"{line.best:.2f}", *cut,
+                     "" if line.p is None else f"{line.p:.3f}", settings])  # fmt: skip
     return markdown(rows)
 
 
@@ -220,4 +239,4 @@ def _as_measurement(line: Line) -> Measurement:
         low_high = [(line.mean - half) / 100, (line.mean + half) / 100]
     note = "; ".join(filter(None, [f"mean of {line.seeds} seeds", line.settings, line.note]))
     return Measurement(task=line.task, metric=line.metric, value=line.mean / 100, interval=low_high,
-                       depth=line.blocks, note=f"{line.network}: {note}")  # fmt: skip
+                       depth=line.blocks, mean_of=line.seeds, note=f"{line.network}: {note}")  # fmt: skip

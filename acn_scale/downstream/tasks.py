@@ -16,7 +16,7 @@ from acn_scale.convert.sources import read_model
 from acn_scale.data import evaluation_of
 from acn_scale.data.samples import Samples
 from acn_scale.data.sentences import TextNoise
-from acn_scale.data.shards import ShardIndex
+from acn_scale.data.shards import INDEX_NAME, ShardIndex
 from acn_scale.data.tasks import TASKS, Task
 from acn_scale.downstream.metrics import measure
 from acn_scale.downstream.predictions import Predictions, as_table, predict
@@ -28,7 +28,7 @@ from acn_scale.runs import read_config
 log = logging.getLogger(__name__)
 
 DIGITS = 3  # of predicted numbers, as they are written and measured
-MAJORITY = "all samples are given the same class"
+SAME = "all samples are given the same class"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def evaluate_task(
     with distributed.together():
         net = read_model(source)
         cfg, batch_size, seed, folder = _data_of(source, net, data)
-        splits = _splits(Path(cfg.eval), net)
+        splits = _splits(Path(cfg.eval), net, source)
     model, digest = net.model.to(device), net.digest()
     found, files = [], {}
     passes = [(split, name, noise) for split in splits for name, noise in (noises or {"": None}).items()]
@@ -121,11 +121,17 @@ def _data_of(source: Path, net: Network, data: str | None) -> tuple[SentenceData
     return found, 256, None, source
 
 
-def _splits(folder: Path, net: Network) -> list[Split]:
-    """The evaluation and test splits of the task that lie beside a folder of its shards, and MNLI's diagnostic set."""
+def _splits(folder: Path, net: Network, source: Path) -> list[Split]:
+    """The evaluation and test splits of the task that lie beside a folder of its shards, and MNLI's diagnostic set.
+
+    Raises UserError for a task that is not the network's, where its training shards still tell.
+    """
     name = ShardIndex.load(folder).info.get("task")
     if name not in TASKS:
         raise UserError(f"{folder}: its index names no task of GLUE; tools/make_glue_shards.py makes such shards")
+    learnt = _task_of(net)
+    if learnt not in (None, name) and (learnt, name) != ("mnli", "ax"):
+        raise UserError(f"--data {folder}: holds {name}; {source} was trained on {learnt}")
     found = []
     for place in (name, *(["ax"] if name == "mnli" else [])):
         task = TASKS[place]
@@ -136,6 +142,15 @@ def _splits(folder: Path, net: Network) -> list[Split]:
                 label = place + split.removeprefix("eval").removeprefix("test") if not server else f"{place}_{split}"
                 found.append(Split(label, ShardIndex.load(path), task, server))
     return found
+
+
+def _task_of(net: Network) -> str | None:
+    """What it was fine-tuned on, by its shards, or by their folder as make_glue_shards names it; None where neither
+    tells."""
+    shards = Path(net.card.data or "")  # of an export, its last two parts
+    if (shards / INDEX_NAME).exists():
+        return ShardIndex.load(shards).info.get("task")
+    return shards.parent.name if shards.parent.name in TASKS else None
 
 
 def _written(predictions: Predictions, task: Task) -> Predictions:
@@ -149,9 +164,9 @@ def _measured(predictions: Predictions, split: Split, name: str, digest: str, se
     labels, classes = predictions.labels, len(split.task.labels)
     found = []
     for depth, said in enumerate(predictions.outputs.T):
-        one = bool(classes) and len(np.unique(said)) == 1
-        if one and depth == predictions.outputs.shape[1] - 1:
-            log.warning("%s: %s, %s", name, MAJORITY, split.task.labels[said[0]])
+        note = _no_better_than_one_class(labels, said) if classes else None
+        if note and depth == predictions.outputs.shape[1] - 1:
+            log.warning("%s: %s", name, note if note != SAME else f"{note}, {split.task.labels[said[0]]}")
         for metric in split.task.metrics:
             value, bounds = measure(metric, labels, said, classes)
             found.append(
@@ -164,10 +179,20 @@ def _measured(predictions: Predictions, split: Split, name: str, digest: str, se
                     depth=depth,
                     checkpoint=digest,
                     seed=seed,
-                    note=MAJORITY if one else None,
+                    note=note,
                 )
             )
     return found
+
+
+def _no_better_than_one_class(labels: np.ndarray, said: np.ndarray) -> str | None:
+    """How the classes are no better than one for all samples; None where they are."""
+    if len(np.unique(said)) == 1:
+        return SAME
+    accuracy, share = (said == labels).mean(), np.unique(labels, return_counts=True)[1].max() / len(labels)
+    if accuracy > share:
+        return None
+    return f"accuracy {100 * accuracy:.2f} is not above {100 * share:.2f}, the share of the most frequent label"
 
 
 def _submission(predictions: Predictions, split: Split, samples: Samples) -> bytes:

@@ -27,7 +27,6 @@ def drop_words(text: str, random: np.random.Generator, share: float) -> str:
 
 
 KINDS = {"swap": swap_characters, "drop": drop_words}
-USUAL = ("swap_0.1", "swap_0.3", "drop_0.1", "drop_0.3")
 
 
 def text_noise(name: str) -> TextNoise:
@@ -38,5 +37,5 @@ def text_noise(name: str) -> TextNoise:
     except ValueError:
         value = -1.0
     if kind not in KINDS or not 0 <= value <= 1:
-        raise UserError(f"--noise {name}: must be swap_P or drop_P with P from 0 to 1, such as {USUAL[0]}")
+        raise UserError(f"--noise {name}: must be swap_P or drop_P with P from 0 to 1, such as swap_0.1")
     return partial(KINDS[kind], share=value)

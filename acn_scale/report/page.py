@@ -192,7 +192,7 @@ def _measurements(networks: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Tasks under noise, whose names say so behind a plus, by themselves; all others as downstream results. At full
     depth and the cut-offs; the other depths can be unfolded.
     """
-    head = ["network", "task", "metric", "checkpoint", "depth", "value", "interval", "samples", "seed"]
+    head = ["network", "task", "metric", "checkpoint", "depth", "value", "interval", "samples", "seed", "note"]
     for title, noisy in (("Under noise", True), ("Downstream", False)):
         rows: dict[bool, list[list[str]]] = {True: [], False: []}  # by whether they are shown at once
         for net in networks:
@@ -219,6 +219,8 @@ def _under_noise(networks: Sequence[dict[str, Any]]) -> Iterator[str]:
     for net in networks:
         metrics: dict[str, str] = {}
         for line in net.get("measurements", []):
+            if line["mean_of"] is not None:
+                continue
             if metrics.setdefault(line["task"], line["metric"]) == line["metric"] and line["depth"] is not None:
                 data, _, noise = line["task"].partition("+")
                 values[net["name"], data, line["depth"], noise] = f"{line['value']:.4g}"
@@ -238,7 +240,8 @@ def _measurement_cells(line: dict[str, Any]) -> list[str]:
     between = f"{bounds[0]:.4g} to {bounds[1]:.4g}" if bounds else DASH
     depth, samples, seed = (DASH if line[key] is None else str(line[key]) for key in ("depth", "samples", "seed"))
     checkpoint = line["checkpoint"] or DASH
-    return [line["task"], line["metric"], checkpoint, depth, f"{line['value']:.4g}", between, samples, seed]
+    value, note = f"{line['value']:.4g}", line["note"] or ""
+    return [line["task"], line["metric"], checkpoint, depth, value, between, samples, seed, note]
 
 
 def _origins(networks: Sequence[dict[str, Any]]) -> str:
