@@ -20,11 +20,11 @@ import submission
 from glue import RECIPE
 from pydantic import Field, ValidationError, model_validator
 
-from acn_scale.checkpoint import complete
+from acn_scale.checkpoint import trained
 from acn_scale.cli import exit_on_user_error, load_config, read_values
 from acn_scale.config import Config, Section
 from acn_scale.errors import UserError
-from acn_scale.runs import check_run_folder, read_json, run_folder
+from acn_scale.runs import check_run_folder, run_folder
 from acn_scale.stopping import EXIT_STOPPED
 
 ROOT = Path(__file__).parents[1]
@@ -129,11 +129,7 @@ class Step:
         if self.cfg is None:
             whole = not self.stage.even_after_failure or all(step.done() for step in self.before)
             return whole and self.marker.exists()
-        folder = run_folder(self.cfg)
-        checkpoints = complete(folder)
-        return (
-            bool(checkpoints) and checkpoints[-1].name == f"step_{read_json(folder / 'environment.json')['steps']:08d}"
-        )
+        return trained(self.cfg)
 
     def _copied(self, argument: str) -> str:
         """With a TOML file, alone or behind a =, as it will be in the snapshot."""
