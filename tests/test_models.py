@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from acn_scale.config import OF_SUBLAYERS, POST_NORM, BertConfig, MixerConfig, ViTConfig
 from acn_scale.models import build_model
 from acn_scale.models.connectivity import CONNECTIVITY
-from acn_scale.models.layers import MLP, Attention, Wrapper
+from acn_scale.models.layers import MLP, Attention, Dropout, Wrapper
 
 TRUNK = {"depth": 3, "dim": 16}
 IMAGE = TRUNK | {"image_size": 8, "patch_size": 4, "num_classes": 5}
@@ -86,8 +86,8 @@ def test_recompute_changes_nothing_and_every_weight_learns(build: Any) -> None:
         torch.manual_seed(0)
         model = build(dropout=0.1, recompute=recompute)
         for name, parameter in model.named_parameters():
-            if "joins" in name.split(".") and (parameter == 0).all():  # ReZero's: its blocks learn from step 2 on
-                nn.init.ones_(parameter)
+            if "joins" in name.split("."):  # as after a step: at first ReZero passes nothing on, and streams are alike
+                parameter.data += torch.rand_like(parameter)
         model.trunk.blocks[0].register_forward_pre_hook(lambda *_, recompute=recompute: calls.append(recompute))
         losses.append(model(**batch)["loss"])
         losses[-1].backward()
@@ -129,6 +129,24 @@ def test_acn_is_equation_1(build: Any, norm: str) -> None:
             x = block.norms[index](x) if norm == "post" else x
         outputs.append(x)
     torch.testing.assert_close(model.trunk(outputs[0], mask), sum(outputs))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout(p: float) -> None:
+    """Each number is 0 with probability p, alone, and else 1 / (1 - p) times as much; so is its gradient."""
+    torch.manual_seed(0)
+    x = torch.ones(1000, 1001, requires_grad=True)
+    y = Dropout(p)(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    stays = y.detach().flatten() > 0
+    assert torch.allclose(y.detach().flatten()[stays], torch.tensor(1 / (1 - p)))
+    deviation = (p * (1 - p) / len(stays)) ** 0.5
+    assert abs(stays.float().mean() - (1 - p)) < 5 * deviation
+    for distance in (1, 2, 1001):  # the other half of the 64 bits, those after them, the row below
+        both = torch.stack([stays[:-distance], stays[distance:]]).double()
+        assert abs(torch.corrcoef(both)[0, 1]) < 5 / len(stays) ** 0.5
+    assert torch.equal(Dropout(p).eval()(x), x)
 
 
 def test_value_residual_is_its_equation() -> None:

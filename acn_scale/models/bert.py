@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from acn_scale.config import BertConfig
 from acn_scale.models.base import Model
-from acn_scale.models.layers import MLP, Attention, build_trunk, initialize
+from acn_scale.models.layers import MLP, Attention, Dropout, build_trunk, initialize
 from acn_scale.models.trunk import Readouts
 
 BERT_EPS = 1e-12  # of LayerNorm, as in BERT
@@ -22,7 +22,7 @@ class BertEmbed(nn.Module):
         self.position = nn.Embedding(cfg.max_tokens, cfg.dim)
         self.segment = nn.Embedding(2, cfg.dim)
         self.norm = nn.LayerNorm(cfg.dim, eps=BERT_EPS)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = Dropout(cfg.dropout)
 
     def forward(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
         """tokens, segments: (batch, tokens), segments 0 or 1 and all 0 if left out -> (batch, tokens, dim).
@@ -61,7 +61,7 @@ class ClassificationHead(nn.Module):
         super().__init__()
         self.final_norm = nn.LayerNorm(cfg.dim, eps=BERT_EPS) if cfg.norm == "pre" else nn.Identity()
         self.pooler = nn.Linear(cfg.dim, cfg.dim)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = Dropout(cfg.dropout)
         self.linear = nn.Linear(cfg.dim, cfg.num_classes)
 
     def forward(self, x: Tensor, masked: None = None) -> Tensor:

@@ -14,6 +14,19 @@ from acn_scale.models.trunk import Trunk
 EPS = 1e-6  # of LayerNorm in ViT and Mixer, as in timm and big_vision
 
 
+class Dropout(nn.Dropout):
+    """The same, on a CPU in less than half the time: PyTorch draws a mask number by number and keeps it as floats."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: any shape -> the same."""
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        # Each 64 random bits make two whole numbers, -2^31 ... 2^31 - 1, of which a share of p lie below the threshold.
+        bits = torch.empty(-(-x.numel() // 2), dtype=torch.int64).random_(-(2**63), None).view(torch.int32)
+        stays = bits[: x.numel()].view(x.shape) >= round((self.p - 0.5) * 2**32)
+        return x * stays * (1 / (1 - self.p))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017).
 
@@ -112,7 +125,7 @@ class Sublayer(nn.Module):
         super().__init__()
         self.norm = norm
         self.op = op
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.drop_path = drop_path
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *more: Tensor) -> Tensor | tuple[Tensor, ...]:
