@@ -16,11 +16,12 @@ from test_models import batch_for
 from acn_scale.benchmark import work
 from acn_scale.benchmark.finetuning import pydoc_sentences
 from acn_scale.benchmark.groups import Inputs, measure
+from acn_scale.benchmark.inference import inference_rows
 from acn_scale.benchmark.rows import in_turns, row, save, table
 from acn_scale.benchmark.sides import Side
 from acn_scale.benchmark.trainer import sentences
 from acn_scale.benchmark.work import write_peer
-from acn_scale.convert import TARGETS
+from acn_scale.convert import TARGETS, read_model
 from acn_scale.convert.timm_models import load_timm
 from acn_scale.data import build_stream
 from acn_scale.data.make_glue import write_split
@@ -124,6 +125,19 @@ def test_what_a_group_lacks_is_said_before_it_is_measured(tmp_path: Path) -> Non
     ):
         with pytest.raises(UserError, match=message):
             next(measure([group], replace(nothing, **mistake), rounds=1, threads=None))
+
+
+def test_inference_is_of_the_smallest_cut_that_is_as_good(twins: list[Path]) -> None:
+    """Of a network beside itself: at its full depth, at its own cut-off, and read out at every depth."""
+    accuracy = read_model(twins[0]).card.accuracy
+    depth = len(accuracy) - 1
+    cut = next(k for k, each in enumerate(accuracy) if each >= accuracy[-1] - 0.005 - 1e-9)
+    rows = inference_rows(twins[0], twins[0], rounds=1)
+    sizes = [f"{blocks} of {depth} blocks, {100 * accuracy[blocks]:.1f} %" for blocks in (cut, depth)]
+    assert [each.work for each in rows[:2]] == [f"inference at equal accuracy: {sizes[0]}"] * 2
+    assert [each.peer for each in rows[:2]] == [f"twin: {sizes[1]}", f"twin at its own cut-off: {sizes[0]}"]
+    assert [each.peer for each in rows[2:]] == [f"{depth + 1} evaluations", "one evaluation"]
+    assert all(each.ours > 0 and each.theirs > 0 for each in rows)
 
 
 def test_freed_memory_is_kept() -> None:
