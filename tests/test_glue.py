@@ -240,6 +240,17 @@ def test_samples_of_like_length_are_mixed() -> None:
     assert spread.max() < order.LIKE * 8
 
 
+def test_a_run_does_not_go_on_in_an_order_of_another_kind(
+    encoder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = fine_tuning(tmp_path, encoder, shards, "mrpc")
+    with monkeypatch.context() as patch:
+        patch.setattr(BucketedOrder, "LIKE", 1)
+        state = build_stream(cfg).state_dict()
+    with pytest.raises(UserError, match="not the data this run began with"):
+        build_stream(cfg).load_state_dict(state)
+
+
 def test_padding_changes_no_prediction(encoder: Path, shards: Path, tmp_path: Path) -> None:
     """And buckets leave less of it."""
     padded = {}

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import struct
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acn_scale.data.make import write_shard
-from acn_scale.data.tar import Table, members
+from acn_scale.data.tar import TABLE_NAME, Table, members
 from acn_scale.errors import BadData
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=120)
@@ -78,6 +79,9 @@ def test_a_table_says_what_the_headers_do(records: list[dict[str, bytes]], lengt
         assert (stored.extensions, stored.places.tolist()) == (scanned.extensions, scanned.places.tolist())
         read = list(wds.WebDataset(str(path), shardshuffle=False, empty_check=False))
         assert [sample["__key__"] for sample in read] == keys
+        with tarfile.open(path) as tar:
+            *names, last = tar.getmembers()
+        assert (last.name, last.offset_data) == (TABLE_NAME, shard.table) and len(names) == sum(map(len, records))
 
 
 @given(st.integers(-600, 900), st.binary(max_size=8))
@@ -101,3 +105,16 @@ def test_where_no_table_is_there_is_none(tmp_path: Path, where: int) -> None:
     write_shard(tmp_path / "a.tar", [{"__key__": "0", "cls": b"1"}])
     with pytest.raises(BadData, match="its table of records cannot be read"):
         Table(tmp_path / "a.tar", where)
+
+
+@pytest.mark.parametrize("place", [(-1, 1), (0, -2), (0, 10**6), (512, 10**6), (10**6, 1)])
+def test_a_table_names_no_place_outside(tmp_path: Path, place: tuple[int, int]) -> None:
+    """Where it did, something else could be read as a record, or all memory taken."""
+    path = tmp_path / "a.tar"
+    table = write_shard(path, [{"__key__": "0", "cls": b"1"}]).table
+    content = path.read_bytes()
+    start = content.index(b"\n", table) + 2  # behind the only key, which has one byte
+    assert content[start : start + 16] == struct.pack("<qq", 512, 1)
+    path.write_bytes(content[:start] + struct.pack("<qq", *place) + content[start + 16 :])
+    with pytest.raises(BadData, match="its table of records is damaged"):
+        Table(path, table)

@@ -1,12 +1,12 @@
 """A trained ACN, cut where it is as good as its residual twin, beside the twin; the cost of reading out every depth."""
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from acn_scale.benchmark import work
 from acn_scale.benchmark.rows import Row, in_turns, row
 from acn_scale.convert import read_model
 from acn_scale.convert.network import Network
@@ -61,8 +61,8 @@ def _cuts(cut: _Cut, peers: list[_Cut], batches: list[dict[str, Any]], rounds: i
         f"twin at its own cut-off: {at_its_cutoff.name}": at_its_cutoff,
     }
     figures = in_turns({name: _pass(each.model, batches) for name, each in contenders.items()}, rounds)
-    work, ours = f"inference at equal accuracy: {cut.name}", figures.pop("ACN")
-    return [row(work, name, "s", ours, seconds, more_is_better=False) for name, seconds in figures.items()]
+    ours, at = figures.pop("ACN"), f"inference at equal accuracy: {cut.name}"
+    return [row(at, name, "s", ours, seconds, more_is_better=False) for name, seconds in figures.items()]
 
 
 def _every_depth(net: Network, batches: list[dict[str, Any]], rounds: int) -> list[Row]:
@@ -80,8 +80,8 @@ def _every_depth(net: Network, batches: list[dict[str, Any]], rounds: int) -> li
 
     runs = {"ours": at_every_depth, f"{depth + 1} evaluations": one_by_one, "one evaluation": cuts[-1]}
     figures = in_turns({name: _pass(run, batches) for name, run in runs.items()}, rounds)
-    work = f"evaluation at all of {depth + 1} depths"
-    return [row(work, peer, "s", figures["ours"], figures[peer], more_is_better=False) for peer in list(figures)[1:]]
+    what = f"evaluation at all of {depth + 1} depths"
+    return [row(what, peer, "s", figures["ours"], figures[peer], more_is_better=False) for peer in list(figures)[1:]]
 
 
 def _batches(run: Path, device: torch.device) -> list[dict[str, Any]]:
@@ -94,13 +94,5 @@ def _batches(run: Path, device: torch.device) -> list[dict[str, Any]]:
 
 
 def _pass(run: Callable[..., Any], batches: Sequence[dict[str, Any]]) -> Callable[[], float]:
-    def measure() -> float:
-        start = time.perf_counter()
-        for _ in range(PASSES):
-            for batch in batches:
-                run(**batch)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / PASSES
-
-    return measure
+    """Seconds of a pass."""
+    return lambda: work.seconds(lambda: [run(**batch) for batch in batches], PASSES)

@@ -96,7 +96,8 @@ class BucketedOrder(Order):
     def __init__(self, samples_per_shard: np.ndarray, *, lengths: np.ndarray, batch: int, **keys: int) -> None:
         super().__init__(samples_per_shard, **keys)
         self.lengths, self.batch = lengths, batch
-        self.settings = [*self.settings, batch]
+        # A run that began with batches of another kind must not go on with these.
+        self.settings = [*self.settings, batch, self.LIKE]
         self._first = np.concatenate([[0], np.cumsum(samples_per_shard)])
         self._sorted = functools.lru_cache(maxsize=4)(self._sort_chunk)
 
