@@ -24,6 +24,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_slurm.py")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """No test over a set: its order differs between the processes that share the tests, which then run none of them."""
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        if any(isinstance(value, set | frozenset) for value in (*mark.args, *mark.kwargs.values())):
+            raise TypeError(f"{metafunc.definition.nodeid} is parametrized with a set: sort it")
+
+
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[Ranks]:
     ranks = Ranks(1)

@@ -178,7 +178,7 @@ def test_each_worker_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("0", "1", "1")
 
 
-@pytest.mark.parametrize("name", MORE_THAN_TWINS - {"continual"})
+@pytest.mark.parametrize("name", sorted(MORE_THAN_TWINS - {"continual"}))
 def test_a_study_ends_where_a_twin_is_lost(tmp_path: Path, name: str) -> None:
     """And not where another variant is."""
     needed = [trial.name for trial in STUDIES[name].trials(setting(tmp_path, 0)) if trial.needed]
