@@ -35,7 +35,7 @@ def inspect_batch(
     most = min(size, -(-most // cfg.data.group) * cfg.data.group)  # pairs stay together
     loaded = [_load(samples, position) for position in range(first, first + most)]
     keys = [key for key, _, _ in loaded]
-    batch = samples.decoder.collate([sample for _, sample, _ in loaded], keys)
+    batch = samples.decoder.finish(samples.decoder.collate([sample for _, sample, _ in loaded], keys))
     text = not isinstance(cfg.data, ImageDataConfig)
     folder = source / "report" if source.is_dir() else Path()
     out = out or folder / f"batch_{step:08d}.{'txt' if text else 'png'}"

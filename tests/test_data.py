@@ -63,10 +63,9 @@ def test_evaluation_crops_the_centre_where_training_crops(vit: Callable[..., Con
 
 def test_mixing_keeps_the_labels_in_step(vit: Callable[..., Config]) -> None:
     """Mixup with the same share for pixels and labels; CutMix by area; both inside pairs."""
-    plain = build_stream(vit(data={"streams": 1})).samples.__getitems__(list(range(8))).batch
+    plain = next(build_stream(vit(data={"streams": 1}, train={"global_batch_size": 8})))
     for mixing in ({"mixup": 0.8}, {"cutmix": 1.0}):
-        samples = build_stream(vit(data={"streams": 1} | mixing)).samples
-        batch = samples.__getitems__(list(range(8))).batch
+        batch = next(build_stream(vit(data={"streams": 1} | mixing, train={"global_batch_size": 8})))
         torch.testing.assert_close(batch["labels"].sum(1), torch.ones(8))
         images, labels = plain["images"], torch.nn.functional.one_hot(plain["labels"], 10).float()
         for first in range(0, 8, 2):

@@ -178,7 +178,7 @@ def test_each_epoch_crops_anew_and_leaves_torchs_generator_alone(photo_run: Call
 
 
 def test_erasing_is_drawn_from_the_sample_alone(photo_run: Callable[..., Config]) -> None:
-    plain = build_stream(photo_run()).samples.__getitems__(list(range(8))).batch["images"]
+    plain = next(build_stream(photo_run()))["images"]
     samples = build_stream(photo_run(random_erasing=0.5)).samples
     together = samples.__getitems__(list(range(8))).batch["images"]
     alone = torch.cat([samples.__getitems__([position]).batch["images"] for position in range(8)])
@@ -193,11 +193,27 @@ def test_erasing_is_drawn_from_the_sample_alone(photo_run: Callable[..., Config]
 
 def test_pixels_undo_the_normalisation(photo_run: Callable[..., Config]) -> None:
     samples = build_stream(photo_run()).samples
-    images = samples.__getitems__([0, 1]).batch["images"]
+    images = next(build_stream(photo_run()))["images"][:2]
     decoded = [
         samples.decoder.decode(samples.reader.read(*samples.key(n)[1:]), 0, samples.key(n)[0])[0] for n in (0, 1)
     ]
     assert torch.equal(samples.decoder.pixels(images), torch.stack(decoded))
+
+
+def test_images_travel_as_bytes(photo_run: Callable[..., Config]) -> None:
+    """And are what they would be if they did not: random erasing of a share that hits none needs them normalised."""
+    cfg = photo_run()
+    samples = build_stream(cfg).samples
+    sent = samples.__getitems__(list(range(8))).batch
+    assert sent["images"].dtype == torch.uint8
+    rare = photo_run(random_erasing=1e-12)
+    normalised = build_stream(rare).samples.__getitems__(list(range(8))).batch
+    assert normalised["images"].dtype == torch.float32
+    for run in (cfg, rare):
+        batch = next(build_stream(run))
+        assert torch.equal(batch["images"], normalised["images"]) and torch.equal(batch["labels"], sent["labels"])
+    samples = build_stream(photo_run(cutmix=1.0)).samples
+    assert samples.__getitems__(list(range(8))).batch["images"].dtype == torch.uint8
 
 
 class OneAhead:

@@ -81,7 +81,7 @@ def decoding(images: Path, folder: Path, rounds: int) -> list[Row]:
         first = next(epochs) * len(files)
         for start in range(0, len(files), batch):
             positions = [first + position for position in range(start, min(start + batch, len(files)))]
-            yield len(samples.__getitems__(positions).batch["images"])
+            yield len(decoder.finish(samples.__getitems__(positions).batch)["images"])
 
     transforms = [
         v2.RandomResizedCrop(224, antialias=True),

@@ -62,11 +62,16 @@ class Loaded(NamedTuple):
 
 
 class Decoder(Protocol):
-    """Turns a record into a sample, and samples into a batch. `decode` raises BadData, or UserError for a mistake."""
+    """Turns a record into a sample, and samples into a batch. `decode` raises BadData, or UserError for a mistake.
+
+    What `collate` makes travels to the device; `finish` makes of it there what the model takes.
+    """
 
     def decode(self, files: dict[str, bytes], row: int, key: Key) -> Any: ...
 
     def collate(self, samples: list[Any], keys: list[Key]) -> Batch: ...
+
+    def finish(self, batch: Batch) -> Batch: ...
 
 
 class Records(Protocol):

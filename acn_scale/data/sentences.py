@@ -62,3 +62,6 @@ class SentenceDecoder:
         mask = torch.arange(shape[1]) < lengths[:, None]
         labels = torch.tensor([label for *_, label in samples], dtype=torch.long if self.classes > 1 else torch.float)
         return {"tokens": tokens, "segments": segments, "mask": mask, "labels": labels}
+
+    def finish(self, batch: Batch) -> Batch:
+        return batch

@@ -217,7 +217,7 @@ class Stream:
             self.close()  # the error's traceback would keep the loader processes
             raise
         self.taken += 1
-        return loaded.batch
+        return self.samples.decoder.finish(loaded.batch)
 
     def _load(self) -> Loaded:
         loaded = next(self._batches)
@@ -261,7 +261,8 @@ class Stream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the state was taken. Raises UserError where the data or their order are others now."""
         now = self.state_dict()
-        for key, what in (("fingerprint", "other shards"), ("order", "another seed, streams or shuffle_window")):
+        order = "another seed, streams, shuffle_window, buckets or tasks"
+        for key, what in (("fingerprint", "other shards"), ("order", order)):
             if state[key] != now[key]:
                 raise UserError(f"data.train = {self.samples.index.folder}: not the data this run began with: {what}")
         self.taken = state["samples"] // (self.plan.micro_batch_size * self.plan.world_size)
@@ -306,6 +307,6 @@ class Evaluation:
                 self.bad.note(loaded)
                 counts = counts.clone()
                 counts[loaded.stand_ins] = False
-                yield loaded.batch, counts
+                yield self.samples.decoder.finish(loaded.batch), counts
         finally:
             del batches  # and with it the loader processes, which an error's traceback would keep

@@ -72,6 +72,9 @@ class TextDecoder:
         names = ("tokens", "masked", "labels")
         return {name: torch.from_numpy(np.stack(column)) for name, column in zip(names, columns, strict=True)}
 
+    def finish(self, batch: Batch) -> Batch:
+        return batch
+
 
 def shards_tokenizer(index: ShardIndex, cfg: TextDataConfig) -> sentencepiece.SentencePieceProcessor:
     """The tokenizer that lies beside shards. Raises UserError where there is none."""
