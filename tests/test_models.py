@@ -149,6 +149,22 @@ def test_dropout(p: float) -> None:
     assert torch.equal(Dropout(p).eval()(x), x)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_with_dropout(masked: bool) -> None:
+    """As PyTorch's where nothing is dropped; on the mean over many draws the same, and not in one of them."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 8)
+    mask = torch.arange(7) < torch.tensor([7, 4, 1])[:, None] if masked else None
+    rare, half = Attention(8, 2, dropout=1e-12), Attention(8, 2, dropout=0.5)
+    half.load_state_dict(rare.state_dict())
+    expected = rare.eval()(x, mask)
+    torch.testing.assert_close(rare.train()(x, mask), expected)
+    drawn = torch.stack([half(x, mask) for _ in range(4000)])
+    error = drawn.std(0) / 4000**0.5
+    assert ((drawn.mean(0) - expected).abs() <= 5 * error + 1e-6).all()
+    assert (error > 0).all() and torch.equal(half.eval()(x, mask), expected)
+
+
 def test_value_residual_is_its_equation() -> None:
     """Attention of block 1 has its own values, later ones the mean of theirs and those."""
     model = bert(connectivity="value_residual").eval()

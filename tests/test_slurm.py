@@ -99,6 +99,22 @@ def test_a_chain_goes_past_a_failure_where_a_stage_asks_for_it(cluster: slurm.Sl
     assert left.count("to do") == 3
 
 
+def test_a_study_is_an_array_and_a_report_after_it(cluster: slurm.Slurm, tmp_path: Path) -> None:
+    options = ["depth-vit", "--seeds", 1, "--first-seed", 7, "--out", tmp_path / "studies", "--time", "0:05"]
+    submitted = launch(cluster, "study.py", *options, "--extra", "begin=now+1hour")
+    assert submitted.returncode == 0, submitted.stderr
+    *runs, report = (line.split()[1].rstrip(":") for line in submitted.stdout.splitlines())
+    array = runs[0].partition("_")[0]
+    assert runs == [f"{array}_0", f"{array}_1"]
+    assert f"Dependency=afterany:{array}" in cluster.run("scontrol", "show", "job", report)
+    cluster.run("scancel", array, report)
+    (snapshot,) = (tmp_path / "studies/depth-vit_laptop/jobs").glob("snapshot_*")
+    code = "from acn_scale.studies.study import CONFIGS; print((CONFIGS / 'studies/vit.toml').resolve(strict=True))"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(snapshot)},
+                          capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+    assert done.stdout.startswith(str(snapshot)), done.stderr
+
+
 def test_whatever_happens_to_a_job_the_run_ends_the_same(cluster: slurm.Slurm, config: Path) -> None:
     """Requeued, asked to stop, out of time, a node lost: the metrics are those of the unbroken run, bit for bit."""
     options = ["--config", config, "--nodes", 2, "--cpus-per-task", 1]

@@ -121,7 +121,7 @@ def test_a_report_names_the_data_that_was_used(tmp_path: Path) -> None:
     [("depth-bert", "laptop", "is of pydoc"), ("depth-vit", "paper", "is of the shards that its configs name")],
 )
 def test_data_that_nothing_takes_is_refused(tmp_path: Path, name: str, scale: str, what: str) -> None:
-    here = replace(setting(tmp_path, 0, scale=scale), data="cifar:images")
+    here = setting(tmp_path, 0, scale=scale).model_copy(update={"data": "cifar:images"})
     with pytest.raises(UserError, match=f"^--data cifar:images: {name} at {scale} scale {what}; leave --data out$"):
         reproduce(name, STUDIES[name], here, workers=1)
     assert not here.folder.exists()
@@ -138,7 +138,7 @@ def test_classes_come_out_even(tmp_path: Path, classes: int, expected: tuple[int
         for number in range(classes):
             (tmp_path / "images" / split / f"{number:03d}").mkdir(parents=True)
             (tmp_path / "images" / split / f"{number:03d}" / "one.png").write_bytes(png())
-    here = replace(setting(tmp_path, 0), data=f"folder:{tmp_path}/images")
+    here = setting(tmp_path, 0).model_copy(update={"data": f"folder:{tmp_path}/images"})
     for trial in STUDIES["continual"].trials(here):
         left = trial.selection.get("first_classes", classes)
         cfg = trial.config_of(0, here, [f"model.num_classes={left}"])
@@ -147,7 +147,7 @@ def test_classes_come_out_even(tmp_path: Path, classes: int, expected: tuple[int
 
 def test_too_few_classes_for_tasks(tmp_path: Path) -> None:
     photos(tmp_path / "photos", "train", 10)
-    here = replace(setting(tmp_path, 0), data=f"folder:{tmp_path}/photos")
+    here = setting(tmp_path, 0).model_copy(update={"data": f"folder:{tmp_path}/photos"})
     with pytest.raises(UserError, match="2 classes: must be 4 or more, for two tasks of two each"):
         STUDIES["continual"].trials(here)
 

@@ -41,7 +41,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.first_values = first_values
-        self.dropout = dropout
+        self.dropout = Dropout(dropout)  # of the attention's weights
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.out_norm = nn.LayerNorm(dim, eps=EPS) if out_norm else nn.Identity()
@@ -62,8 +62,14 @@ class Attention(nn.Module):
             v = (first + v) / 2
         if mask is not None:
             mask = mask[:, None, None, :]
-        dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        if self.dropout.p and self.training and x.device.type == "cpu":
+            # The same products as PyTorch's, with a dropout that takes half the time.
+            scores = q / q.shape[-1] ** 0.5 @ k.transpose(-1, -2)
+            weights = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+            x = self.dropout(weights) @ v
+        else:
+            dropout = self.dropout.p if self.training else 0.0
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         x = self.out_norm(self.proj(x.transpose(1, 2).reshape(batch, tokens, dim)))
         return (x, first) if self.first_values else x
 
@@ -221,7 +227,7 @@ class PatchEmbed(nn.Module):
             table = torch.cat([torch.zeros(int(class_token), dim), table])
             self.register_buffer("pos_table", table, persistent=False)
         self.positions = positions
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (batch, channels, image_size, image_size) -> (batch, num_tokens, dim).

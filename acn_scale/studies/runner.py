@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from multiprocessing import get_context
@@ -46,20 +46,12 @@ def reproduce(name: str, study: Study, setting: Setting, workers: int) -> str:
     A run that fails does not stop the others; the report names it. A trial of which no run was finished has no place in
     the report, and ends the study where the findings need it. Raises UserError.
     """
-    trials = study.trials(setting)
-    if any(trial.data == "images" for trial in trials):
-        _check_splits(setting.data)
-    elif setting.data != "digits":
-        what = "the shards that its configs name" if setting.scale == "paper" else TEXT
-        raise UserError(f"--data {setting.data}: {name} at {setting.scale} scale is of {what}; leave --data out")
+    trials = _trials(name, study, setting)
     done: dict[str, Runs] = {}
     failures: dict[str, str] = {}
     for stage in _stages(trials):
         configs = {trial.name: _configs(trial, setting, done) for trial in stage}
-        # All variants of a seed before the next seed: what the machine does meanwhile is then alike for all.
-        each = sorted((cfg for runs in configs.values() for cfg in runs), key=lambda cfg: cfg.run.seed)
-        for cfg in each:
-            check_run_folder(cfg)
+        each = _by_seed(configs.values())
         failures |= _run(name, study, [cfg for cfg in each if not finished(cfg, study)], workers)
         for trial in stage:
             if ended := [cfg for cfg in configs[trial.name] if finished(cfg, study)]:
@@ -71,6 +63,34 @@ def reproduce(name: str, study: Study, setting: Setting, workers: int) -> str:
     data = [sources.get(trial.data, done[trial.name].configs[0].data.train) for trial in trials if trial.name in done]
     where = f"{setting.scale} scale, {', '.join(dict.fromkeys(data))}, seeds {', '.join(map(str, setting.seeds))}"
     return _write(name, study, setting.folder / "report", where, study.findings(done, setting), failures)
+
+
+def first_runs(name: str, study: Study, setting: Setting) -> list[Config]:
+    """Those that start from no other's and are not trained yet; their data is made. Raises UserError."""
+    stage = _stages(_trials(name, study, setting))[0]
+    return [cfg for cfg in _by_seed(_configs(trial, setting, {}) for trial in stage) if not trained(cfg)]
+
+
+def _trials(name: str, study: Study, setting: Setting) -> Sequence[Trial]:
+    """Raises UserError for data that the study cannot take."""
+    trials = study.trials(setting)
+    if any(trial.data == "images" for trial in trials):
+        _check_splits(setting.data)
+    elif setting.data != "digits":
+        what = "the shards that its configs name" if setting.scale == "paper" else TEXT
+        raise UserError(f"--data {setting.data}: {name} at {setting.scale} scale is of {what}; leave --data out")
+    return trials
+
+
+def _by_seed(runs: Iterable[Sequence[Config]]) -> list[Config]:
+    """All variants of a seed before the next seed: what the machine does meanwhile is then alike for all.
+
+    Raises UserError for a folder that holds another run.
+    """
+    each = sorted((cfg for configs in runs for cfg in configs), key=lambda cfg: cfg.run.seed)
+    for cfg in each:
+        check_run_folder(cfg)
+    return each
 
 
 def _stages(trials: Sequence[Trial]) -> list[list[Trial]]:
@@ -165,8 +185,8 @@ def _run(name: str, study: Study, configs: Sequence[Config], workers: int) -> di
 
 
 def usual_workers() -> int:
-    """One for each GPU, or for each core where there is no GPU."""
-    return torch.cuda.device_count() or os.cpu_count() or 1
+    """One for each GPU, or for each core where there is no GPU; of those that a job has been given."""
+    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
 
 
 def _take_gpu(started: Synchronized, gpus: int) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 from matplotlib.figure import Figure
 
 from acn_scale.cli import load_config
-from acn_scale.config import Config
+from acn_scale.config import Config, Section
 from acn_scale.data.shards import ShardIndex
 from acn_scale.depth import cutoff
 from acn_scale.downstream.source import completed
@@ -21,8 +21,7 @@ TOLERANCE = 0.5  # points that the cut-off may lose
 TWINS = {"acn": "ac", "residual": "residual"}  # with what the names of their configs begin with
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(Section):
     """How a study is run. `data`: "digits", or a source of images such as cifar:FOLDER."""
 
     scale: Literal["laptop", "paper"]
