@@ -12,8 +12,9 @@ import hashlib
 import json
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import job
 import submission
@@ -28,7 +29,19 @@ from acn_scale.runs import check_run_folder, run_folder
 from acn_scale.stopping import EXIT_STOPPED
 
 ROOT = Path(__file__).parents[1]
+Where = Mapping[str, argparse.Namespace]  # the options of each stage
 SNAPSHOT = "{snapshot}"  # in a command, for the folder that is not known yet
+
+
+class Options(argparse.ArgumentParser):
+    """Where to run a stage. Raises ValueError for what is no option."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"options: {message}")
+
+
+OPTIONS = Options(add_help=False)
+submission.add_options(OPTIONS)
 
 
 class Stage(Section):
@@ -40,6 +53,7 @@ class Stage(Section):
     config: str | None = None
     overrides: list[str] = Field([])
     after: list[str] | None = None  # default: the stage before
+    options: list[str] = Field([])  # where to run it, in place of what the command line says
     even_after_failure: bool = False  # a tool that begins once those before have ended, well or not
 
     @model_validator(mode="after")
@@ -50,7 +64,12 @@ class Stage(Section):
             raise ValueError(f"tool = {self.tool}: no such file in tools/ or launchers/")
         if self.even_after_failure and self.config:
             raise ValueError("even_after_failure = true: must be a stage with a tool")
+        self.over(argparse.Namespace())
         return self
+
+    def over(self, args: argparse.Namespace) -> argparse.Namespace:
+        """The options of the command line, with the stage's in their place."""
+        return OPTIONS.parse_args(self.options, argparse.Namespace(**vars(args)))
 
 
 class Chain(Section):
@@ -198,9 +217,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError("--cluster debug: is for one run; --cluster local runs a chain here")
     chain = read_chain(args.config)
     steps = steps_of(chain)
+    where = {step.stage.name: step.stage.over(args) for step in steps}
     for step in steps:
         if step.cfg is not None:
-            step.check(args.nodes * submission.tasks_per_node(args))
+            own = where[step.stage.name]
+            step.check(own.nodes * submission.tasks_per_node(own))
     if args.dry_run:
         for step in steps:
             print(f"{step.stage.name:<12} {'done' if step.done() else 'to do':<6} {step.describe()}")
@@ -213,12 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if step in left or step.cfg is not None:
             step.begin()
     if args.cluster == "local":
-        run_here(args, snapshot, steps, left)
+        run_here(where, snapshot, steps, left)
     else:
-        submit(args, chain, snapshot, steps, left)
+        submit(where, chain, snapshot, steps, left)
 
 
-def run_here(args: argparse.Namespace, snapshot: Path, steps: Sequence[Step], left: Sequence[Step]) -> None:
+def run_here(where: Where, snapshot: Path, steps: Sequence[Step], left: Sequence[Step]) -> None:
     """One stage after the other. After one that fails, only those that begin even then, where all that they wait for
     has ended. Raises SystemExit with the code of the one that failed.
     """
@@ -231,7 +252,7 @@ def run_here(args: argparse.Namespace, snapshot: Path, steps: Sequence[Step], le
         name = step.stage.name
         print(f"stage {number} of {len(steps)}, {name}: {step.describe() if step in left else 'done'}",
               file=sys.stderr)  # fmt: skip
-        codes[name] = _run(args, snapshot, step) if step in left else 0
+        codes[name] = _run(where[name], snapshot, step) if step in left else 0
         if codes[name] == EXIT_STOPPED:
             break
     raise SystemExit(next(filter(None, codes.values()), 0))
@@ -248,11 +269,12 @@ def _run(args: argparse.Namespace, snapshot: Path, step: Step) -> int:
     return 0
 
 
-def submit(args: argparse.Namespace, chain: Chain, snapshot: Path, steps: Sequence[Step], left: Sequence[Step]) -> None:
+def submit(where: Where, chain: Chain, snapshot: Path, steps: Sequence[Step], left: Sequence[Step]) -> None:
     """Each stage that is left as a job. Where a stage before fails, it is taken out of the queue, or begins even so."""
-    args.extra = [*args.extra, "kill-on-invalid-dep=yes"]
     jobs: dict[str, list[str]] = {}
     for step in steps:
+        args = where[step.stage.name]
+        args.extra = [*args.extra, "kill-on-invalid-dep=yes"]
         after = [each for name in step.waits_for for each in jobs[name]]
         name = f"{chain.name.replace('/', '_')}_{step.stage.name}"
         if step not in left:

@@ -357,6 +357,18 @@ def test_what_comes_even_after_a_failure(tmp_path: Path, grid: Path) -> None:
     assert states(grid) == {"grid": "done", "states": "done", "last": "done"}
 
 
+def test_a_stage_runs_where_it_says() -> None:
+    """Else where the command line says."""
+    parser = argparse.ArgumentParser()
+    submission.add_options(parser)
+    args = parser.parse_args(["--nodes", "4", "--gpus-per-node", "8", "--partition", "gpu", "--extra", "one=1"])
+    stage = chain_module.Stage(name="data", tool="status", options=["--gpus-per-node", "0", "--extra", "two=2"])
+    own = stage.over(args)
+    assert (own.nodes, own.gpus_per_node, own.partition, own.extra) == (4, 0, "gpu", ["one=1", "two=2"])
+    assert (args.gpus_per_node, args.extra) == (8, ["one=1"])
+    assert vars(chain_module.Stage(name="data", tool="status").over(args)) == vars(args)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -365,6 +377,8 @@ def test_what_comes_even_after_a_failure(tmp_path: Path, grid: Path) -> None:
         ("after = []", 'after = ["convert"]', "stage train: after = convert: must be a stage above it"),
         ('name = "convert"', 'name = "train"', "stage train: there are two of this name"),
         ("train.length=4step", "train.length=4", "train.length"),
+        ("after = []", 'options = ["--nodes", "two"]', "stage.1: options: argument --nodes: "),
+        ("after = []", 'options = ["--node-color", "red"]', "stage.1: options: unrecognized arguments: --node-color"),
     ],
 )
 def test_a_chain_is_read_strictly(chain: Path, old: str, new: str, message: str) -> None:
