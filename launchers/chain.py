@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import job
 import submission
+from cluster_options import add_options, tasks_per_node
 from glue import RECIPE
 from pydantic import Field, ValidationError, model_validator
 
@@ -41,7 +42,7 @@ class Options(argparse.ArgumentParser):
 
 
 OPTIONS = Options(add_help=False)
-submission.add_options(OPTIONS)
+add_options(OPTIONS)
 
 
 class Stage(Section):
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="TOML file of the chain, such as those in "
         "configs/chain")  # fmt: skip
-    submission.add_options(parser)
+    add_options(parser)
     args = parser.parse_args(arguments)
     if args.cluster == "debug":
         raise UserError("--cluster debug: is for one run; --cluster local runs a chain here")
@@ -221,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for step in steps:
         if step.cfg is not None:
             own = where[step.stage.name]
-            step.check(own.nodes * submission.tasks_per_node(own))
+            step.check(own.nodes * tasks_per_node(own))
     if args.dry_run:
         for step in steps:
             print(f"{step.stage.name:<12} {'done' if step.done() else 'to do':<6} {step.describe()}")

@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 import submission
 import sweep
+from cluster_options import add_options
 
 from acn_scale.cli import exit_on_user_error, load_config
 from acn_scale.config import Config
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--name", help="folder of the runs below run.dir (default: glue/<last part of --from>)")
     add("--parallel", type=int, help="runs at the same time, also of those that wait for one MNLI run (default: all)")
     add("overrides", nargs="*", metavar="key.sub=value", help="keys to change in all of them")
-    submission.add_options(parser)
+    add_options(parser)
     args = parser.parse_intermixed_args(arguments)
     if args.cluster == "debug":
         raise UserError("--cluster debug: is for one run; acn_scale/finetune.py is that")

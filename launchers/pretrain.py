@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import submission
+from cluster_options import add_options
 
 from acn_scale.cli import exit_on_user_error, load_config
 from acn_scale.runs import run_folder
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="TOML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys of the config to change")
-    submission.add_options(parser)
+    add_options(parser)
     parser.add_argument("--prepare", action="store_true", help="copy code and config, and print where they are, for "
         "launchers/pretrain.sbatch")  # fmt: skip
     args = parser.parse_intermixed_args(arguments)

@@ -9,6 +9,7 @@ tools/reproduce.py does the same without Slurm.
 from collections.abc import Sequence
 
 import submission
+from cluster_options import add_options
 
 from acn_scale.cli import exit_on_user_error, positive
 from acn_scale.errors import UserError
@@ -21,7 +22,7 @@ from acn_scale.studies.study import CONFIGS
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--parallel", type=positive, help="runs at the same time (default: all)")
-    submission.add_options(parser)
+    add_options(parser)
     args = parser.parse_args(arguments)
     if args.cluster != "slurm":
         raise UserError(f"--cluster {args.cluster}: is for one run; tools/reproduce.py runs a study here")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import submission
+from cluster_options import add_options
 
 from acn_scale.cli import exit_on_user_error, load_config, positive
 from acn_scale.errors import UserError
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--grid", nargs="+", default=[], metavar="key.sub=a,b,c", help="keys and their values")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="values of run.seed")
     parser.add_argument("--parallel", type=positive, help="runs at the same time (default: all)")
-    submission.add_options(parser)
+    add_options(parser)
     args = parser.parse_intermixed_args(arguments)
     if args.cluster == "debug":
         raise UserError("--cluster debug: is for one run; launchers/pretrain.py has it")

@@ -18,10 +18,11 @@ from torchvision.transforms import v2
 
 from acn_scale.config import Config
 from acn_scale.data import build_evaluation, build_stream
+from acn_scale.data.batch_plan import BatchPlan
 from acn_scale.data.decode import Box, Picture
 from acn_scale.data.images import CROPPING, random_box
 from acn_scale.data.samples import Batch
-from acn_scale.data.stream import BatchPlan, Stream
+from acn_scale.data.stream import Stream
 from acn_scale.errors import BadData
 
 

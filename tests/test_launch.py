@@ -28,6 +28,7 @@ import requeue  # noqa: E402
 import status  # noqa: E402
 import submission  # noqa: E402
 import sweep  # noqa: E402
+from cluster_options import add_options, duration  # noqa: E402
 
 
 def launch(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -76,13 +77,13 @@ def test_mistakes_are_found_before_anything_is_submitted(tmp_path: Path, small: 
 
 @pytest.mark.parametrize(("text", "minutes"), [("90", 90), ("1:30", 90), ("2-00:10", 2890), ("0:01", 1)])
 def test_durations(text: str, minutes: int) -> None:
-    assert submission.duration(text) == minutes
+    assert duration(text) == minutes
 
 
 @pytest.mark.parametrize("text", ["", "0", "x", "1:2:3", "-1", "1-30", "0:00"])
 def test_bad_durations(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="must be"):
-        submission.duration(text)
+        duration(text)
 
 
 def test_a_snapshot_does_not_change(
@@ -102,7 +103,7 @@ def test_a_snapshot_does_not_change(
 def options(*arguments: str) -> argparse.Namespace:
     """Where to run, as a launcher reads it."""
     parser = argparse.ArgumentParser()
-    submission.add_options(parser)
+    add_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -360,7 +361,7 @@ def test_what_comes_even_after_a_failure(tmp_path: Path, grid: Path) -> None:
 def test_a_stage_runs_where_it_says() -> None:
     """Else where the command line says."""
     parser = argparse.ArgumentParser()
-    submission.add_options(parser)
+    add_options(parser)
     args = parser.parse_args(["--nodes", "4", "--gpus-per-node", "8", "--partition", "gpu", "--extra", "one=1"])
     stage = chain_module.Stage(name="data", tool="status", options=["--gpus-per-node", "0", "--extra", "two=2"])
     own = stage.over(args)

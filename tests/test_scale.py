@@ -14,7 +14,7 @@ from acn_scale import distributed
 from acn_scale.checkpoint import complete
 from acn_scale.config import Config
 from acn_scale.data import build_stream
-from acn_scale.data.stream import BatchPlan
+from acn_scale.data.batch_plan import BatchPlan
 from acn_scale.ema import WeightAverage
 from acn_scale.engine import build_engine, train_step
 from acn_scale.models import build_model

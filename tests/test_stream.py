@@ -17,10 +17,11 @@ from made import numbered_texts
 
 from acn_scale.config import Config, ImageDataConfig
 from acn_scale.data import build_stream
+from acn_scale.data.batch_plan import BatchPlan
 from acn_scale.data.order import DiskOrder, Order
 from acn_scale.data.samples import Batch, Key, Samples
 from acn_scale.data.shards import ShardIndex
-from acn_scale.data.stream import BatchPlan, Evaluation, Stream
+from acn_scale.data.stream import Evaluation, Stream
 from acn_scale.errors import BadData, UserError
 
 Folders = Callable[[tuple[int, ...]], Path]
@@ -41,6 +42,9 @@ class Numbers:
 
     def collate(self, samples: list[int], keys: list[Key]) -> Batch:
         return {"numbers": torch.tensor(samples), "epochs": torch.tensor([key.epoch for key in keys])}
+
+    def finish(self, batch: Batch) -> Batch:
+        return batch
 
 
 @dataclass(frozen=True)

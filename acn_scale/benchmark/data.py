@@ -17,13 +17,14 @@ from acn_scale.benchmark import mosaicml
 from acn_scale.benchmark.order import index_at_scale, shuffling
 from acn_scale.benchmark.rows import Row, in_turns, row
 from acn_scale.config import ImageDataConfig, StreamConfig, ViTConfig
+from acn_scale.data.batch_plan import BatchPlan
 from acn_scale.data.images import ImageDecoder
 from acn_scale.data.make import write_shard
 from acn_scale.data.make_images import index_shards
 from acn_scale.data.order import Order
 from acn_scale.data.samples import Key, Samples
 from acn_scale.data.shards import ShardIndex
-from acn_scale.data.stream import BatchPlan, Stream
+from acn_scale.data.stream import Stream
 from acn_scale.errors import UserError
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -136,6 +137,9 @@ class _Bytes:
 
     def collate(self, samples: list[dict[str, bytes]], keys: list[Key]) -> dict[str, Any]:
         return {"samples": samples}
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch
 
 
 def raw_reading(folder: Path, rounds: int) -> list[Row]:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from acn_scale.config import Config, DataConfig, ImageDataConfig, ModelConfig, SentenceDataConfig
+from acn_scale.data.batch_plan import BatchPlan
 from acn_scale.data.image_files import ImageFiles
 from acn_scale.data.images import ImageDecoder
 from acn_scale.data.order import BucketedOrder, ChosenOrder, DiskOrder, LengthOrder, Order
@@ -13,7 +14,7 @@ from acn_scale.data.samples import Decoder, Samples
 from acn_scale.data.sentences import SentenceDecoder
 from acn_scale.data.sequence import TaskOrder, Turns, deal_classes, keep, samples_of_tasks
 from acn_scale.data.shards import ShardIndex
-from acn_scale.data.stream import BatchPlan, DeviceCopies, Evaluation, Share, Stream, alone
+from acn_scale.data.stream import DeviceCopies, Evaluation, Share, Stream, alone
 from acn_scale.data.text import TextDecoder
 from acn_scale.durations import Horizon
 from acn_scale.errors import UserError
