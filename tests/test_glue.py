@@ -240,6 +240,17 @@ def test_samples_of_like_length_are_mixed() -> None:
     assert spread.max() < order.LIKE * 8
 
 
+@pytest.mark.parametrize("buckets", ["true", "false"])
+def test_a_batch_is_of_the_whole_file(encoder: Path, shards: Path, tmp_path: Path, buckets: str) -> None:
+    """Whose rows lie there by where they come from: each quarter has as many in the first steps as another."""
+    found = []
+    for seed in range(20):
+        cfg = fine_tuning(tmp_path, encoder, shards, "cola", f"data.buckets={buckets}", f"run.seed={seed}")
+        found += build_stream(cfg).samples_of(0)
+    counts = np.bincount(np.array(found) * 4 // 150, minlength=4)
+    assert (abs(counts - len(found) / 4) < 5 * (len(found) * 3 / 16) ** 0.5).all(), counts
+
+
 def test_a_run_does_not_go_on_in_an_order_of_another_kind(
     encoder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,9 @@ class SentenceDataConfig(StreamConfig):
         None, ge=4, description="longest sequence with [CLS] and [SEP], longer ones are cut; default: 128, or "
         "model.max_tokens where that is less"
     )  # fmt: skip
+    # Sentences to fine-tune on are few, and lie in files by where they come from: all are shuffled together.
+    streams: int = Field(1, ge=1, description=StreamConfig.model_fields["streams"].description)
+    shuffle_window: int = Field(2**20, ge=1, description=StreamConfig.model_fields["shuffle_window"].description)
     buckets: bool = Field(True, description="put samples of like length into a batch, so that little of it is padding")
     mask_ratio: ClassVar[float] = 0.0
     group: ClassVar[int] = 1
