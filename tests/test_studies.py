@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 
+import forked
 import pytest
 import torch
 from made import png
@@ -125,6 +126,15 @@ def test_data_that_nothing_takes_is_refused(tmp_path: Path, name: str, scale: st
     with pytest.raises(UserError, match=f"^--data cifar:images: {name} at {scale} scale {what}; leave --data out$"):
         reproduce(name, STUDIES[name], here, workers=1)
     assert not here.folder.exists()
+
+
+@pytest.mark.parametrize(("place", "more"), [("tools/reproduce.py", []), ("launchers/study.py", ["--dry-run"])])
+def test_the_commands_come_to_the_study(tmp_path: Path, place: str, more: list[str]) -> None:
+    """And say in one line what it cannot take."""
+    options = ["depth-vit", "--data", f"folder:{tmp_path}/none", "--out", tmp_path / "runs", "--seeds", 1, *more]
+    done = forked.command(CONFIGS.parent / place, *options)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"{tmp_path}/none" in done.stderr and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

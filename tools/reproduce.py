@@ -10,6 +10,7 @@ from acn_scale.cli import exit_on_user_error, positive
 
 
 def main() -> None:
+    from acn_scale.studies import STUDIES
     from acn_scale.studies.arguments import parser_of, setting_of
     from acn_scale.studies.runner import reproduce, usual_workers
 
@@ -17,7 +18,7 @@ def main() -> None:
     parser.add_argument("--workers", type=positive, help="runs at a time (default: one a GPU, or one a core where "
         "there is no GPU)")  # fmt: skip
     args = parser.parse_args()
-    print(reproduce(args.study, setting_of(args), args.workers or usual_workers()))
+    print(reproduce(args.study, STUDIES[args.study], setting_of(args), args.workers or usual_workers()))
 
 
 if __name__ == "__main__":
