@@ -56,7 +56,7 @@ TASKS = {
     "bert": ("studies/bert.toml", "bert/residual_bert_base.toml"),
 }
 # At laptop scale: steps, and what makes 31 runs a seed short enough.
-STEPS = {"vit": 220, "mixer": 270, "bert": 400}
+STEPS = {"vit": 200, "mixer": 250, "bert": 360}
 SMALLER = {"vit": "model.depth=9", "mixer": "model.depth=9", "bert": "model.depth=3"}
 # A BERT's steps are long, and its LayerNorms follow the joins, which not all patterns take.
 OF_BERT = (TWIN, "acn", "acn_longer", "acn_scaled", "anneal")
