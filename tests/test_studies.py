@@ -222,7 +222,7 @@ def test_a_study_of_a_folder_of_photos(tmp_path: Path) -> None:
     assert train.isdisjoint(bytes(image) for image in next(iter(build_evaluation(trained_on)))[0]["images"].numpy())
     for source in (f"folder:{tmp_path}/photos/train", f"wds:{tmp_path}/data/*/all/train/*.tar"):
         with pytest.raises(UserError, match=f"^--data {re.escape(source)}: its images .* must be .* in train/ and in "):
-            reproduce("twins", study(), replace(here, data=source), workers=1)
+            reproduce("twins", study(), here.model_copy(update={"data": source}), workers=1)
         assert not here.folder.exists()
 
 
