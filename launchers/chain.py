@@ -41,7 +41,7 @@ class Options(argparse.ArgumentParser):
         raise ValueError(f"options: {message}")
 
 
-OPTIONS = Options(add_help=False)
+OPTIONS = Options(add_help=False, allow_abbrev=False)
 add_options(OPTIONS)
 
 
@@ -66,6 +66,9 @@ class Stage(Section):
         if self.even_after_failure and self.config:
             raise ValueError("even_after_failure = true: must be a stage with a tool")
         self.over(argparse.Namespace())
+        for option in ("--cluster", "--dry-run"):
+            if any(each.partition("=")[0] == option for each in self.options):
+                raise ValueError(f"options: {option} is of the whole chain")
         return self
 
     def over(self, args: argparse.Namespace) -> argparse.Namespace:

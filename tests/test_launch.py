@@ -379,6 +379,7 @@ def test_a_stage_runs_where_it_says() -> None:
         ('name = "convert"', 'name = "train"', "stage train: there are two of this name"),
         ("train.length=4step", "train.length=4", "train.length"),
         ("after = []", 'options = ["--nodes", "two"]', "stage.1: options: argument --nodes: "),
+        ("after = []", 'options = ["--cluster=local"]', "stage.1: options: --cluster is of the whole chain"),
         ("after = []", 'options = ["--node-color", "red"]', "stage.1: options: unrecognized arguments: --node-color"),
     ],
 )
