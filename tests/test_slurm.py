@@ -83,7 +83,7 @@ def test_a_chain_goes_past_a_failure_where_a_stage_asks_for_it(cluster: slurm.Sl
     (tmp_path / "runs/one/jobs/job.json").write_text("{}")
     stages = [
         ("bad", "nowhere", ""),
-        ("even", "runs", "even_after_failure = true"),
+        ("even", "runs", 'even_after_failure = true\noptions = ["--time", "0:07"]'),
         ("after", "runs", 'after = ["bad"]'),
     ]
     lines = [f'name = "chain"\ndir = "{tmp_path}"'] + [
@@ -94,6 +94,8 @@ def test_a_chain_goes_past_a_failure_where_a_stage_asks_for_it(cluster: slurm.Sl
     submitted = launch(cluster, "chain.py", "--config", tmp_path / "chain.toml", "--time", "0:05")
     assert submitted.returncode == 0, submitted.stderr
     until(lambda: not cluster.run("squeue", "-h"), "a job stays in the queue")
+    scripts = [path.read_text() for path in (tmp_path / "chain/jobs").glob("*_submission.sh")]
+    assert sorted(script.split("--time=")[1].split()[0] for script in scripts) == ["5", "5", "7"]
     assert [path.name.partition("-")[0] for path in (tmp_path / "chain/done").iterdir()] == ["even"]
     left = launch(cluster, "chain.py", "--config", tmp_path / "chain.toml", "--dry-run").stdout
     assert left.count("to do") == 3

@@ -19,7 +19,7 @@ from acn_scale.config import Config, ImageDataConfig
 from acn_scale.data import build_stream
 from acn_scale.data.batch_plan import BatchPlan
 from acn_scale.data.order import DiskOrder, Order
-from acn_scale.data.samples import Batch, Key, Samples
+from acn_scale.data.samples import Batch, Decoder, Key, Samples
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.stream import Evaluation, Stream
 from acn_scale.errors import BadData, UserError
@@ -27,7 +27,7 @@ from acn_scale.errors import BadData, UserError
 Folders = Callable[[tuple[int, ...]], Path]
 
 
-class Numbers:
+class Numbers(Decoder):
     """Decodes a sample to its number in the data set, which its file holds; those in `bad` cannot be read."""
 
     def __init__(self, bad: Iterable[int]) -> None:
@@ -42,9 +42,6 @@ class Numbers:
 
     def collate(self, samples: list[int], keys: list[Key]) -> Batch:
         return {"numbers": torch.tensor(samples), "epochs": torch.tensor([key.epoch for key in keys])}
-
-    def finish(self, batch: Batch) -> Batch:
-        return batch
 
 
 @dataclass(frozen=True)

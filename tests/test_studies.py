@@ -83,6 +83,24 @@ def test_a_study_is_what_its_runs_say(tmp_path: Path) -> None:
     assert len(list(here.folder.glob("*/*/metrics.jsonl"))) == 6 == len(list(here.folder.glob("*/*/noted")))
 
 
+def test_what_is_submitted_is_what_is_left(tmp_path: Path) -> None:
+    """All variants of a seed before the next seed."""
+    here = setting(tmp_path, 0, 1)
+    names = [cfg.run.name for cfg in runner.first_runs("twins", study(), here)]
+    assert names == ["acn/seed=0", "residual/seed=0", "acn/seed=1", "residual/seed=1"]
+    reproduce("twins", study(), setting(tmp_path, 0), workers=1)
+    assert [cfg.run.name for cfg in runner.first_runs("twins", study(), here)] == names[2:]
+
+
+def test_a_study_takes_the_cores_that_it_is_given() -> None:
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        assert runner.usual_workers() == (torch.cuda.device_count() or 1)
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def test_a_run_that_fails_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run of residual was finished: step 1"):
         reproduce("twins", study("data.mean=[1e30]", "health.on_bad_step=fail"), setting(tmp_path, 0), workers=1)

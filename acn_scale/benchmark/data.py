@@ -22,7 +22,7 @@ from acn_scale.data.images import ImageDecoder
 from acn_scale.data.make import write_shard
 from acn_scale.data.make_images import index_shards
 from acn_scale.data.order import Order
-from acn_scale.data.samples import Key, Samples
+from acn_scale.data.samples import Decoder, Key, Samples
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.stream import Stream
 from acn_scale.errors import UserError
@@ -129,7 +129,7 @@ def _speed(run: Callable[[], Iterator[int]]) -> Callable[[], float]:
     return measure
 
 
-class _Bytes:
+class _Bytes(Decoder):
     """Hands out records as they are."""
 
     def decode(self, files: dict[str, bytes], row: int, key: Key) -> dict[str, bytes]:
@@ -137,9 +137,6 @@ class _Bytes:
 
     def collate(self, samples: list[dict[str, bytes]], keys: list[Key]) -> dict[str, Any]:
         return {"samples": samples}
-
-    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return batch
 
 
 def raw_reading(folder: Path, rounds: int) -> list[Row]:

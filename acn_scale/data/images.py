@@ -15,7 +15,7 @@ from acn_scale.config import ImageDataConfig, ImageModelConfig
 from acn_scale.data.decode import Box, Picture
 from acn_scale.data.image_noise import ImageNoise, Stage
 from acn_scale.data.resize import resizer
-from acn_scale.data.samples import Batch, Key
+from acn_scale.data.samples import Batch, Decoder, Key
 from acn_scale.data.shards import ShardIndex
 from acn_scale.errors import BadData, UserError
 
@@ -23,7 +23,7 @@ ENCODINGS = ("jpg", "png", "jpeg", "webp")
 CROPPING, AUGMENTING, ERASING, MIXING, NOISE = range(5)  # what random numbers are drawn for
 
 
-class ImageDecoder:
+class ImageDecoder(Decoder):
     """Decodes and transforms the images of one split.
 
     Training images get the augmentation of the config. Evaluation images are brought to the model's size as

@@ -71,7 +71,8 @@ class Decoder(Protocol):
 
     def collate(self, samples: list[Any], keys: list[Key]) -> Batch: ...
 
-    def finish(self, batch: Batch) -> Batch: ...
+    def finish(self, batch: Batch) -> Batch:
+        return batch
 
 
 class Records(Protocol):

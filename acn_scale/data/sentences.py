@@ -8,7 +8,7 @@ import torch
 
 from acn_scale.config import BertConfig, SentenceDataConfig
 from acn_scale.data.encoders import load_encoder
-from acn_scale.data.samples import Batch, Key
+from acn_scale.data.samples import Batch, Decoder, Key
 from acn_scale.data.shards import ShardIndex
 from acn_scale.errors import BadData, UserError
 
@@ -17,7 +17,7 @@ Sample = tuple[list[int], list[int], float]
 TextNoise = Callable[[str, np.random.Generator], str]
 
 
-class SentenceDecoder:
+class SentenceDecoder(Decoder):
     """Tokenizes the texts of one split, after `noise` has changed each, and pads a batch to its longest."""
 
     def __init__(
@@ -62,6 +62,3 @@ class SentenceDecoder:
         mask = torch.arange(shape[1]) < lengths[:, None]
         labels = torch.tensor([label for *_, label in samples], dtype=torch.long if self.classes > 1 else torch.float)
         return {"tokens": tokens, "segments": segments, "mask": mask, "labels": labels}
-
-    def finish(self, batch: Batch) -> Batch:
-        return batch

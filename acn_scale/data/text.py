@@ -7,14 +7,14 @@ import sentencepiece
 import torch
 
 from acn_scale.config import BertConfig, TextDataConfig
-from acn_scale.data.samples import Batch, Key
+from acn_scale.data.samples import Batch, Decoder, Key
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.storage import read_file
 from acn_scale.data.tokenizer import MASK, TOKENIZER_NAME
 from acn_scale.errors import BadData, UserError
 
 
-class TextDecoder:
+class TextDecoder(Decoder):
     """Masks the token sequences of one split (Devlin et al. 2019): a fixed number of tokens in each sequence is to be
     predicted; 80 % of these become [MASK], 10 % a random piece, 10 % stay. [CLS], [SEP] and [PAD] are never chosen.
 
@@ -71,9 +71,6 @@ class TextDecoder:
         columns = zip(*samples, strict=True)
         names = ("tokens", "masked", "labels")
         return {name: torch.from_numpy(np.stack(column)) for name, column in zip(names, columns, strict=True)}
-
-    def finish(self, batch: Batch) -> Batch:
-        return batch
 
 
 def shards_tokenizer(index: ShardIndex, cfg: TextDataConfig) -> sentencepiece.SentencePieceProcessor:
