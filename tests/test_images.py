@@ -77,6 +77,20 @@ def test_a_part_is_that_part_of_the_whole(kind: str, mode: str, data: st.DataObj
     assert torch.equal(Picture(KINDS[kind], mode).pixels(), whole)
 
 
+@pytest.mark.parametrize("kind", ["photo", "progressive", "all colours", "narrow"])
+def test_the_narrowest_parts(kind: str) -> None:
+    """Of one to six pixels across or down, anywhere."""
+    content = encoded(photo(40, 5)) if kind == "narrow" else KINDS[kind]
+    whole, picture = by_pillow(content), Picture(content, "RGB")
+    height, width = picture.size
+    for size in range(1, 7):
+        for left in range(width - size + 1):
+            assert torch.equal(picture._box(Box(0, left, height, size)), whole[:, :, left : left + size])
+        for top in range(height - size + 1):
+            assert torch.equal(picture._box(Box(top, 0, size, width)), whole[:, top : top + size])
+            assert torch.equal(picture._box(Box(top, 0, size, 1)), whole[:, top : top + size, :1])
+
+
 @settings(deadline=None, max_examples=300)
 @given(kind=st.sampled_from(sorted(KINDS)), cut=st.floats(0, 0.95), noise=st.binary(max_size=20), at=st.floats(0, 1))
 def test_damaged_files_are_bad_data_and_nothing_worse(kind: str, cut: float, noise: bytes, at: float) -> None:

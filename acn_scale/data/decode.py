@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from acn_scale.errors import BadData
 
 JPEG = b"\xff\xd8\xff"
+NARROW = 8  # pixels
 
 
 class Box(NamedTuple):
@@ -112,12 +113,18 @@ class _Codec:
             return None
 
     def decode(self, stream: Any, box: Box) -> Tensor | None:
-        region = self.module.Region(box.top, box.left, box.top + box.height, box.left + box.width)
+        # libjpeg interpolates colours only where it has more than two of them in a row, of two pixels each.
+        right = min(stream.width, max(box.left + box.width, box.left + NARROW))
+        left = max(0, min(box.left, right - NARROW))
+        region = self.module.Region(box.top, left, box.top + box.height, right)
         try:
             image = self.decoder.decode(stream.get_sub_code_stream(0, region=region), params=self.params)
         except Exception:
             return None
-        return None if image is None else torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
+        if image is None:
+            return None
+        columns = slice(box.left - left, box.left - left + box.width)
+        return torch.from_numpy(np.asarray(image)[:, columns]).permute(2, 0, 1)
 
 
 @functools.lru_cache(maxsize=1)
