@@ -1,9 +1,15 @@
-"""GLUE's metrics of predictions, each with a bootstrap interval over the samples."""
+"""GLUE's metrics of predictions, each with a bootstrap interval over the samples.
+
+A value is scikit-learn's or SciPy's. The thousand resamples of a metric of classes are computed at once, by its formula
+on counts: scikit-learn takes two seconds for them, at each depth.
+"""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from scipy import stats
+from sklearn import metrics
 
 from acn_scale.report.bootstrap import RESAMPLES, interval
 
@@ -29,6 +35,11 @@ def matthews(counts: np.ndarray) -> np.ndarray:
 
 
 OF_COUNTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
+OF_CLASSES = {
+    "accuracy": metrics.accuracy_score,
+    "f1": partial(metrics.f1_score, zero_division=0),
+    "matthews": metrics.matthews_corrcoef,
+}
 OF_NUMBERS = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}
 
 
@@ -44,8 +55,8 @@ def measure(
         counts = np.bincount(labels * classes + predictions, minlength=classes**2).astype(np.float64)
         # Drawing samples with replacement is drawing how many there are of each kind.
         draws = random.multinomial(len(labels), counts / len(labels), size=RESAMPLES).astype(np.float64)
-        value, *resampled = OF_COUNTS[metric](np.concatenate([counts[None], draws]).reshape(-1, classes, classes))
-        return float(value), list(interval(np.array(resampled), float(value)))
+        value = float(OF_CLASSES[metric](labels, predictions))
+        return value, list(interval(OF_COUNTS[metric](draws.reshape(-1, classes, classes)), value))
     value = _correlation(metric, labels, predictions)
     draws = (random.integers(len(labels), size=len(labels)) for _ in range(RESAMPLES))
     resampled = [_correlation(metric, labels[draw], predictions[draw]) for draw in draws]
