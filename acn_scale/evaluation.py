@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from acn_scale.cli import load_config
@@ -59,7 +60,7 @@ def evaluate_run(
     else:
         chosen, why = point(readings, flops, threshold), "as given"
     full = Point(float("nan"), accuracy[-1], shape.depth, cost(shape, shape.depth).flops)
-    samples = {name: torch.cat([batch[name] for batch in kept]).to(device) for name in kept[0]}
+    samples = {name: _joined([batch[name] for batch in kept]).to(device) for name in kept[0]}
     early = EarlyExit(model, chosen.threshold, criterion)
     times = {size: timed(model, early, samples, size, folder.name) for size in BATCH_SIZES}
     picture = folder / "report" / "early_exit.png"
@@ -95,16 +96,29 @@ def _keeping(evaluation: Evaluation, kept: list[dict[str, Tensor]]) -> Iterator[
         yield batch, counts
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Batches after one another; texts, (batch, tokens), padded with zeros to the longest, as their mask is there."""
+    if parts[0].ndim == 2:
+        longest = max(part.shape[1] for part in parts)
+        parts = [F.pad(part, (0, longest - part.shape[1])) for part in parts]
+    return torch.cat(list(parts))
+
+
+def _inputs(samples: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """Some of the samples, without labels; texts no longer than the longest of them."""
+    inputs = {name: values[start:stop] for name, values in samples.items() if name != "labels"}
+    if "mask" in inputs:
+        longest = int(inputs["mask"].sum(dim=1).max())
+        inputs = {name: values[:, :longest] for name, values in inputs.items()}
+    return inputs
+
+
 def timed(
     model: Model, early: EarlyExit, samples: dict[str, Tensor], batch_size: int, name: str
 ) -> tuple[float, float]:
     """Seconds for each sample at full depth and with early exit: medians of passes over the samples, in turns."""
     count = len(samples["labels"])
-    inputs = {name: values for name, values in samples.items() if name != "labels"}
-    batches = [
-        {name: values[start : start + batch_size] for name, values in inputs.items()}
-        for start in range(0, count, batch_size)
-    ]
+    batches = [_inputs(samples, start, start + batch_size) for start in range(0, count, batch_size)]
 
     def all_batches(run: Callable[..., Any]) -> None:
         for batch in batches:

@@ -2,11 +2,13 @@
 
 import csv
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from acn_scale.errors import UserError
 
@@ -21,6 +23,11 @@ def write_file(path: Path, content: bytes) -> Path:
 def whole_lines(path: Path) -> list[str]:
     """Without a last one that a killed process left unfinished, or that one is just writing."""
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, a line each; none where there is no file."""
+    return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
 
 
 def csv_lines(rows: Iterable[Sequence[object]], delimiter: str = ",") -> bytes:

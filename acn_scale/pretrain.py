@@ -55,14 +55,14 @@ def train(cfg: Config, device: torch.device) -> bool:
         stream = build_stream(cfg, rank, world_size, distributed.union, device)
         evaluation = build_evaluation(cfg, rank, world_size, distributed.union)
         horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
-    with distributed.together():
-        folder = open_run_folder(cfg, horizon.steps)
-    setup_logging(folder, rank)
-    with (
-        StopSignals() as signals,
-        contextlib.closing(stream),
-        Watchdog(folder, rank, world_size, cfg.health.hang_timeout) as watchdog,  # says at once what has failed
-    ):
+    with contextlib.ExitStack() as opened:
+        with distributed.together():
+            folder = opened.enter_context(open_run_folder(cfg, horizon.steps))
+        setup_logging(folder, rank)
+        signals = opened.enter_context(StopSignals())
+        opened.enter_context(contextlib.closing(stream))
+        # says at once what has failed
+        watchdog = opened.enter_context(Watchdog(folder, rank, world_size, cfg.health.hang_timeout))
         return Trainer(cfg, device, folder, stream, evaluation, horizon, signals, watchdog).run()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from acn_scale.data.shards import INDEX_NAME
 from acn_scale.errors import UserError
 from acn_scale.runs import read_json, write_json
 
@@ -40,9 +41,12 @@ def write_measurements(folder: Path, task: str, measurements: Sequence[Measureme
     return path
 
 
-def read_measurements(folder: Path) -> list[Measurement]:
-    """Of all tasks. Raises UserError for files of another form."""
-    return [line for path in sorted((folder / "eval").glob("*.json")) for line in _read(path)]
+def read_measurements(folder: Path, *, means: bool = False) -> list[Measurement]:
+    """Of all tasks; with the `means` over runs that a table has left there, or without. Raises UserError for files of
+    another form.
+    """
+    paths = [path for path in sorted((folder / "eval").glob("*.json")) if path.name != INDEX_NAME]
+    return [line for path in paths for line in _read(path) if means or line.mean_of is None]
 
 
 def _read(path: Path) -> list[Measurement]:

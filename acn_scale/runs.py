@@ -1,14 +1,17 @@
 """The folder of a run: which config made it, in which environment, and what it measured."""
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from acn_scale import distributed
 from acn_scale.config import Config
 from acn_scale.errors import UserError
 from acn_scale.files import whole_lines, write_file
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "sentencepiece", "numpy", "pydantic")
 
@@ -44,9 +49,8 @@ def check_run_folder(cfg: Config) -> None:
     path = run_folder(cfg) / "config.json"
     if not path.exists():
         return
-    old = _flat(read_json(path))
-    new = _flat(cfg.model_dump(mode="json"))
-    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and not key.startswith(FREE)]
+    old, new = settings(read_json(path)), settings(cfg.model_dump(mode="json"))
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     if changed:
         key = changed[0]
         raise UserError(
@@ -56,25 +60,51 @@ def check_run_folder(cfg: Config) -> None:
         )
 
 
-def open_run_folder(cfg: Config, steps: int) -> Path:
-    """Make the folder; rank 0 writes down what makes the run: config.json, and environment.json of its last start."""
+@contextlib.contextmanager
+def open_run_folder(cfg: Config, steps: int) -> Iterator[Path]:
+    """Make the folder and keep it to this run; rank 0 writes down what makes the run: config.json, and environment.json
+    of its last start.
+
+    Raises UserError where another process trains in the folder.
+    """
     folder = run_folder(cfg)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if distributed.rank() == 0:
-            health_folder(folder).mkdir(exist_ok=True)
-            for leftover in (FAILURE, "rank_*.json"):
-                for path in health_folder(folder).glob(leftover):
-                    path.unlink()
-            write_json(folder / "config.json", cfg.model_dump(mode="json"))
-            path = folder / "environment.json"
-            restarts = read_json(path).get("restarts", -1) + 1 if path.exists() else 0
-            write_json(
-                path, environment() | {"world_size": distributed.world_size(), "restarts": restarts, "steps": steps}
-            )
-    except OSError as error:
-        raise UserError(f"run.dir = {cfg.run.dir}: {folder}: {error.strerror}") from None
-    return folder
+    with contextlib.ExitStack() as claim:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if distributed.rank() == 0:
+                health_folder(folder).mkdir(exist_ok=True)
+                claim.enter_context(_claimed(folder))
+                for leftover in (FAILURE, "rank_*.json"):
+                    for path in health_folder(folder).glob(leftover):
+                        path.unlink()
+                write_json(folder / "config.json", cfg.model_dump(mode="json"))
+                path = folder / "environment.json"
+                restarts = read_json(path).get("restarts", -1) + 1 if path.exists() else 0
+                write_json(
+                    path, environment() | {"world_size": distributed.world_size(), "restarts": restarts, "steps": steps}
+                )
+        except OSError as error:
+            raise UserError(f"run.dir = {cfg.run.dir}: {folder}: {error.strerror}") from None
+        yield folder
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Two that train in a folder would write over each other's metrics and checkpoints.
+
+    The lock ends with its process, and processes forked from it do not keep it: a killed run can go on at once.
+    """
+    with (health_folder(folder) / "lock").open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise UserError(f"{folder}: {file.read().strip()} trains there; wait for it, or stop it") from None
+        except OSError as error:  # a file system without locks
+            log.warning("%s: %s; take care that one run alone trains there", file.name, error.strerror)
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        yield
 
 
 def restarts(folder: Path) -> int:
@@ -171,8 +201,9 @@ def write_json(path: Path, values: Any) -> None:
     write_file(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Of a config: the values of all keys, such as "optim.lr", that what the run computes depends on."""
     flat = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        flat |= settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return {key: value for key, value in flat.items() if not key.startswith(FREE)}

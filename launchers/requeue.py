@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from acn_scale.checkpoint import complete
+from acn_scale.files import read_lines, write_file
 from acn_scale.stopping import EXIT_STOPPED
 from acn_scale.watchdog import read_failure
 
@@ -24,7 +25,7 @@ def worth_another(run: Path, code: int, tries: int) -> bool:
     their end without a new checkpoint.
     """
     path = run / "jobs" / "ends.jsonl"
-    ends = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    ends = read_lines(path)
     checkpoints = complete(run)
     step = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
     failure = read_failure(run)
@@ -32,8 +33,7 @@ def worth_another(run: Path, code: int, tries: int) -> bool:
     if code == MISTAKE:
         reason = _mistake(run) or reason
     ends.append({"time": time.time(), "code": code, "step": step, "reason": reason})
-    with path.open("a") as file:
-        file.write(json.dumps(ends[-1]) + "\n")
+    write_file(path, "".join(json.dumps(end) + "\n" for end in ends).encode())
     in_a_row = 0
     for end in reversed(ends):
         if end["step"] != step or end["code"] in (FINISHED, MISTAKE):

@@ -1,7 +1,6 @@
 """The runs of a folder as a table: python launchers/status.py [FOLDER]"""
 
 import argparse
-import json
 import shutil
 import subprocess
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 from acn_scale.cli import exit_on_user_error
 from acn_scale.errors import UserError
+from acn_scale.files import read_lines
 from acn_scale.runs import read_json, read_metrics
 from acn_scale.tables import aligned
 from acn_scale.watchdog import read_failure, read_heartbeats
@@ -44,7 +44,7 @@ def status(run: Path, queue: dict[str, str]) -> list[str]:
     batch = _read(run / "config.json").get("train", {}).get("global_batch_size", 0)
     if running and speed and steps:
         left = _readable((steps - step) * batch / speed)
-    ends = _lines(run / "jobs" / "ends.jsonl")
+    ends = read_lines(run / "jobs" / "ends.jsonl")
     error = failure["reason"] if failure else ends[-1]["reason"] if ends and ends[-1]["code"] not in (0, 75) else ""
     loss = f"{last['train/loss']:.4f}" if "train/loss" in last else ""
     reached = f"{step}/{steps}" if steps else ""
@@ -65,10 +65,6 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
         return read_metrics(run)
     except UserError:
         return []
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _readable(seconds: float) -> str:

@@ -268,6 +268,20 @@ def test_sigkill_loses_nothing(tmp_path: Path, ranks: int, workers: int, kills: 
     assert measured(cfg) == measured(named(cfg, "unbroken"))
 
 
+def test_a_second_start_leaves_a_running_one_alone(tmp_path: Path) -> None:
+    """By chance the same command twice, in a terminal and in the queue. When the first is killed, the next goes on."""
+    data = numbered_images(tmp_path / "data", [17] * 15)
+    arguments = [*command_line(tmp_path, data, data), "train.length=60step", "data.workers=1"]
+    first = Start(arguments, tmp_path / "first", 1)
+    first.after(3)
+    second = Start(arguments, tmp_path / "second", 1)
+    assert second.wait() == [2]
+    assert "runs/tiny: process " in said(tmp_path / "second")
+    assert "trains there" in said(tmp_path / "second")
+    first.kill(11)
+    assert Start(arguments, tmp_path / "second", 1).wait() == [0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [["deepspeed", "--num_gpus", "2"], ["torchrun", "--nproc-per-node", "2"]])
 def test_launchers(tmp_path: Path, digits: Path, launcher: list[str]) -> None:

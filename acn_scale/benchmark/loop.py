@@ -96,9 +96,13 @@ def our_trainer(cfg: Config, device: torch.device) -> Iterator[_Timed]:
         cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update={"dir": folder})})
         stream = build_stream(cfg, share=distributed.union, device=device)
         horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
-        run = open_run_folder(cfg, horizon.steps)
-        setup_logging(run, rank=1)  # warnings only
-        with StopSignals() as signals, Watchdog(run, 0, 1, 600.0) as watchdog, contextlib.closing(stream):
+        with (
+            open_run_folder(cfg, horizon.steps) as run,
+            StopSignals() as signals,
+            Watchdog(run, 0, 1, 600.0) as watchdog,
+            contextlib.closing(stream),
+        ):
+            setup_logging(run, rank=1)  # warnings only
             trainer = _Timed(cfg, device, run, stream, (), horizon, signals, watchdog)
             trainer.laps = work.Laps(cfg)
             yield trainer

@@ -124,16 +124,18 @@ def _from_hub(rest: str, name: str, task: Task, split: str) -> Lines | None:
     texts = HUB_TEXTS.get(name, task.texts)
     if missing := [column for column in (*texts, "label") if column not in table.column_names]:
         raise UserError(f"hf:{path}: {name}, {theirs}: has no column {missing[0]!r}")
-    rows = list(_hub_rows(table, task, texts, f"hf:{path}: {name}, {theirs}"))
+    rows = list(_hub_rows(table, task, texts, f"hf:{path}: {name}, {theirs}", labelled=not split.startswith("test")))
     if not rows:
         raise UserError(f"hf:{path}: {name}, {theirs}: holds no rows")
     return Lines(rows, [])
 
 
-def _hub_rows(table: Any, task: Task, texts: tuple[str, ...], what: str) -> Iterator[Row]:
+def _hub_rows(table: Any, task: Task, texts: tuple[str, ...], what: str, *, labelled: bool) -> Iterator[Row]:
     for number, values in zip(itertools.count(), table, strict=False):
         label = values["label"]
         label = None if label is None or label == -1 else float(label)
+        if label is None and labelled:
+            raise UserError(f"{what}: row {number}: has no label; only test sets go without")
         if label is not None and task.labels and label not in range(len(task.labels)):
             raise UserError(f"{what}: row {number}: label = {label:g}: must be 0 to {len(task.labels) - 1}")
         if label is not None and not task.labels:

@@ -1,6 +1,5 @@
 """The results of many runs as one table: over seeds, at full depth and at the cut-off, networks against one another."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,11 +12,15 @@ from scipy import stats
 
 from acn_scale.depth import cutoff
 from acn_scale.errors import UserError
-from acn_scale.files import csv_lines, whole_lines, write_file
+from acn_scale.files import csv_lines, read_lines, write_file
 from acn_scale.results import LOWER_IS_BETTER, NOT_SHARES, Measurement, read_measurements, write_measurements
-from acn_scale.runs import read_config, read_json
+from acn_scale.runs import read_config, read_json, settings
 from acn_scale.tables import markdown
 from acn_scale.watchdog import read_failure
+
+# Keys of a config that runs of the same settings may differ in: seeds of a network start from networks of their own.
+OF_EACH_RUN = ("run.", "train.init_from", "data.train", "data.eval", "data.tokenizer", "model.depth")
+BESIDE = {"mnli_mismatched": "mnli", "ax": "mnli"}  # what the networks of a task are evaluated on beside it
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class Line:
-    """Of one network on one task, by the settings with the highest median; shares as per cent."""
+    """Of one network on one task, by the settings with the highest median there, or, for noise and what is evaluated
+    beside a task, with the highest median on the task itself. Shares as per cent.
+    """
 
     task: str
     network: str
@@ -65,10 +70,10 @@ def results_table(
     for task in dict.fromkeys(task for runs in found.values() for task, _ in runs):
         first: Sequence[Scores] = ()
         for folder, runs in found.items():
-            chosen, settings = _chosen([scores for name, scores in runs if name == task])
+            chosen, by = _chosen(task, runs)
             first = first if folder != folders[0] else chosen
             if chosen:
-                lines += _lines(task, names[folder], chosen, settings, first if folder != folders[0] else (), tolerance)
+                lines += _lines(task, names[folder], chosen, by, first if folder != folders[0] else (), tolerance)
     if not lines and not failures:
         raise UserError(f"{folders[0]}: holds no results; evaluations write eval/*.json")
     if table:
@@ -96,15 +101,14 @@ def _runs(folder: Path) -> Iterator[tuple[str, Scores]]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     for run in sorted({path.parent.parent for path in folder.rglob("eval/*.json")}):
-        # Means are what an earlier table has written there.
-        measurements = [each for each in read_measurements(run) if each.mean_of is None]
-        settings, note = _settings(run)
+        measurements = read_measurements(run)
+        tried, note = _settings(run)
         for task in dict.fromkeys(each.task for each in measurements):
             mine = [each for each in measurements if each.task == task]
             metrics = {metric: [each.value for each in mine if each.metric == metric]
                        for metric in dict.fromkeys(each.metric for each in mine) if _is_told(metric)}  # fmt: skip
             notes = [*filter(None, [note, mine[-1].note])]
-            yield task, Scores(run, mine[0].seed, settings, "; ".join(notes), metrics)
+            yield task, Scores(run, mine[0].seed, tried, "; ".join(notes), metrics)
 
 
 def _is_told(metric: str) -> bool:
@@ -117,26 +121,32 @@ def _settings(run: Path) -> tuple[dict[str, Any], str]:
     if not (run / "metrics.jsonl").exists():
         return {}, ""
     cfg = read_config(run)
-    sections = {"optim": cfg.optim, "train": cfg.train.model_copy(update={"init_from": None})}
-    settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
+    tried = {
+        key: value for key, value in settings(cfg.model_dump(mode="json")).items() if not key.startswith(OF_EACH_RUN)
+    }
     start = Path(cfg.train.init_from or "")
     other = read_json(start / "config.json").get("data", {}) if (start / "metrics.jsonl").exists() else {}
     note = f"from {Path(other['train']).parent.name}" if other.get("kind") == "sentences" else ""
-    return settings, note
+    return tried, note
 
 
-def _chosen(scores: Sequence[Scores]) -> tuple[list[Scores], str]:
-    """Those of the settings with the highest median at full depth, and what these settings are."""
-    keys = dict.fromkeys(key for each in scores for key in each.settings)
-    varied = [key for key in keys if len({str(each.settings.get(key)) for each in scores}) > 1]
+def _chosen(task: str, runs: Sequence[tuple[str, Scores]]) -> tuple[list[Scores], str]:
+    """The scores on a task by the settings that have the highest median where they are judged, and these settings."""
+    mine = [scores for name, scores in runs if name == task]
+    where = task.partition("+")[0]
+    where = BESIDE.get(where, where)
+    judged = [scores for name, scores in runs if name == where] or mine
+    keys = dict.fromkeys(key for each in judged for key in each.settings)
+    varied = [key for key in keys if len({str(each.settings.get(key)) for each in judged}) > 1]
     groups: dict[str, list[Scores]] = {}
-    for each in scores:
+    for each in judged:
         name = ", ".join(f"{key.rpartition('.')[2]}={each.settings.get(key)}" for key in varied)
         groups.setdefault(name, []).append(each)
     if not groups:
         return [], ""
     name, best = max(groups.items(), key=lambda group: median(_at_full_depth(each) for each in group[1]))
-    return best, f"{name} (best of {len(groups)})" if len(groups) > 1 else ""
+    folders = {each.run for each in best}
+    return [each for each in mine if each.run in folders], f"{name} (best of {len(groups)})" if len(groups) > 1 else ""
 
 
 def _at_full_depth(scores: Scores) -> float:
@@ -144,7 +154,7 @@ def _at_full_depth(scores: Scores) -> float:
 
 
 def _lines(
-    task: str, network: str, chosen: Sequence[Scores], settings: str, first: Sequence[Scores], tolerance: float
+    task: str, network: str, chosen: Sequence[Scores], by: str, first: Sequence[Scores], tolerance: float
 ) -> Iterator[Line]:
     for metric in chosen[0].metrics:
         curves = [each.metrics[metric] for each in chosen]
@@ -173,7 +183,7 @@ def _lines(
             blocks=blocks,
             mean_there=mean_there,
             p=paired([(value, theirs[seed]) for seed, value in ours.items() if seed in theirs]),
-            settings=settings,
+            settings=by,
             note="; ".join(dict.fromkeys(filter(None, notes))),
         )
 
@@ -186,11 +196,13 @@ def _by_seed(scores: Sequence[Scores], metric: str) -> dict[int, float]:
 
 
 def paired(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """p of Student's paired t-test, two-sided; None where there are too few pairs, 1 where none differ."""
+    """p of Student's paired t-test, two-sided; 1 where none differ. None where there are too few pairs, or all differ
+    by the same, which leaves no deviation to test by.
+    """
     if len(pairs) < 2:
         return None
     if len({round(one - other, 12) for one, other in pairs}) == 1:
-        return 1.0 if math.isclose(*pairs[0]) else 0.0
+        return 1.0 if math.isclose(*pairs[0]) else None
     return float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)
 
 
@@ -201,9 +213,9 @@ def _failures(folder: Path, runs: Sequence[tuple[str, Scores]]) -> Iterator[str]
     started = {path.parents[mark.count("/")] for mark in marks for path in folder.rglob(mark)}
     for run in sorted(started - evaluated):
         if "snapshot_" not in str(run):
-            failure, ends = read_failure(run), run / "jobs" / "ends.jsonl"
-            end = json.loads(whole_lines(ends)[-1]) if ends.exists() else {"code": 0}
-            known = [end["reason"]] if end["code"] else [failure["reason"]] if failure else []
+            failure, ends = read_failure(run), read_lines(run / "jobs" / "ends.jsonl")
+            failed = [end["reason"] for end in ends[-1:] if end["code"]]
+            known = failed or ([failure["reason"]] if failure else [])
             yield f"{run}: {known[0] if known else 'not finished, or not evaluated'}"
 
 

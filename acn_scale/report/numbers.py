@@ -38,7 +38,7 @@ def report_numbers(subjects: Sequence[Subject], tolerance: float, device: torch.
 
 def _network(subject: Subject, tolerances: list[float], device: torch.device) -> dict[str, Any]:
     # What is only read comes first: a mistake in it must not cost an evaluation.
-    measurements = [line.model_dump(mode="json") for line in read_measurements(subject.folder)]
+    measurements = [line.model_dump(mode="json") for line in read_measurements(subject.folder, means=True)]
     training = _training(subject.folder) if subject.is_run else {}
     card, index = subject.network.card, subject.evaluation.samples.index
     model = subject.network.model.to(device)
