@@ -34,7 +34,7 @@ def write_measurements(folder: Path, task: str, measurements: Sequence[Measureme
     """To <folder>/eval/<task>.json, in place of what it held. Raises UserError."""
     path = folder / "eval" / f"{task}.json"
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, [each.model_dump(mode="json") for each in measurements])
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None

@@ -4,7 +4,7 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,14 @@ from acn_scale.distributed import local_device
 from acn_scale.downstream.metrics import OF_COUNTS, measure
 from acn_scale.downstream.predictions import Predictions
 from acn_scale.downstream.source import completed
-from acn_scale.downstream.table import paired, results_table
 from acn_scale.downstream.tasks import Split, _measured, evaluate_task
 from acn_scale.downstream.text_noise import drop_words, swap_characters, text_noise
 from acn_scale.errors import UserError
+from acn_scale.evaluation import evaluate_run
 from acn_scale.models import build_model
 from acn_scale.pretrain import train
 from acn_scale.results import read_measurements
-from acn_scale.runs import run_folder
+from acn_scale.runs import run_folder, write_json
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs/glue/paper.toml"
@@ -126,12 +126,12 @@ def train_only(cfg: Any) -> None:
     assert train(cfg, local_device())
 
 
-def evaluated(folder: Path) -> None:
+def evaluated(folder: Path, data: str | None = None, out: Path | None = None) -> None:
     """On every rank."""
-    evaluate_task(folder, local_device())
+    evaluate_task(folder, local_device(), data=data, out=out)
 
 
-def complaint(source: Path, data: str) -> str:
+def complaint(source: Path, data: str | None = None) -> str:
     with pytest.raises(UserError) as error:
         evaluate_task(source, local_device(), data=data)
     return str(error.value)
@@ -343,6 +343,7 @@ def test_bad_files_are_named_with_their_line(
     [
         ([("a", "b", 5.5)], "stsb, train: row 0: label = 5.5: must be a number from 0 to 5"),
         ([("a", "b", -2)], "stsb, train: row 0: label = -2: must be a number from 0 to 5"),
+        ([("a", "b", 1), ("c", "d", -1)], "stsb, train: row 1: has no label; only test sets go without"),
     ],
 )
 def test_bad_hugging_face_rows_are_named(
@@ -368,11 +369,15 @@ def test_what_does_not_fit_is_refused(encoder: Path, shards: Path, tmp_path: Pat
         "data.tokenizer = nowhere": ["data.tokenizer=nowhere"],
         "data.train = nowhere|nowhere/index.json": ["data.train=nowhere"],
         "holds no complete checkpoint": [f"train.init_from={tmp_path}"],
+        "data.kind = text: must be sentences or images": ["data.kind=text"],
+        "eval: holds cola; data.train = .*/mrpc/train holds mrpc": [f"data.eval={shards}/cola/eval"],
+        "data.eval = https://here/mrpc: must be a folder": ["data.eval=https://here/mrpc"],
     }
     for message, overrides in cases.items():
         with pytest.raises(UserError, match=message):
             fine_tuning(tmp_path, encoder, shards, "mrpc", *overrides)
-    other = fine_tuning(tmp_path, encoder, shards, "mrpc", f"data.train={shards}/mnli/train", "model.num_classes=2")
+    mnli = [f"data.{split}={shards}/mnli/{split}" for split in ("train", "eval")]
+    other = fine_tuning(tmp_path, encoder, shards, "mrpc", *mnli, "model.num_classes=2")
     with pytest.raises(UserError, match="has 3 classes"):
         build_stream(other)
 
@@ -399,6 +404,12 @@ def test_anothers_tokenizer_is_refused(encoder: Path, shards: Path, tmp_path: Pa
         fine_tuning(tmp_path, source, shards, "mrpc", f"data.tokenizer={tmp_path}/{same}")
         with pytest.raises(UserError, match="other: not the tokenizer that"):
             fine_tuning(tmp_path, source, shards, "mrpc", f"data.tokenizer={tmp_path}/other")
+    begun = fine_tuning(tmp_path, f"hf:{tmp_path}/hf", shards, "mrpc")  # a run without a tokenizer of its own
+    (tmp_path / "begun").mkdir()
+    write_json(tmp_path / "begun/config.json", begun.model_dump(mode="json"))
+    fine_tuning(tmp_path, tmp_path / "begun", shards, "mrpc", f"data.tokenizer={tmp_path}/same", *named)
+    with pytest.raises(UserError, match="other: not the tokenizer that"):
+        fine_tuning(tmp_path, tmp_path / "begun", shards, "mrpc", f"data.tokenizer={tmp_path}/other", *named)
 
 
 def test_a_network_of_another_kind_is_refused(two_ranks: Ranks, encoder: Path, shards: Path) -> None:
@@ -427,30 +438,21 @@ def test_shards_of_another_task_are_refused(one_rank: Ranks, encoder: Path, shar
     assert message.endswith("export was trained on mrpc")
 
 
-def test_results_over_seeds(tmp_path: Path) -> None:
-    """Mean, deviation and the paired test are numpy's and scipy's; what failed is named."""
-    scores = {"acn": [[0.5, 0.90, 0.902], [0.5, 0.80, 0.802]], "twin": [[0.5, 0.6, 0.85], [0.5, 0.6, 0.81]]}
-    for network, curves in scores.items():
-        for seed, curve in enumerate(curves):
-            lines = [{"task": "rte", "metric": "accuracy", "value": value, "depth": depth, "seed": seed}
-                     for depth, value in enumerate(curve)]  # fmt: skip
-            path = tmp_path / network / f"seed={seed}/eval/rte.json"
-            path.parent.mkdir(parents=True)
-            path.write_text(json.dumps(lines))
-    (tmp_path / "twin/seed=2").mkdir()
-    (tmp_path / "twin/seed=2/environment.json").write_text("{}")
-    text = results_table([tmp_path / "acn", tmp_path / "twin"], table=tmp_path / "table.csv")
-    with (tmp_path / "table.csv").open() as file:
-        acn, twin = csv.DictReader(file)
-    last = {name: [curve[-1] for curve in curves] for name, curves in scores.items()}
-    assert float(acn["mean"]) == pytest.approx(100 * np.mean(last["acn"]))
-    assert float(acn["deviation"]) == pytest.approx(100 * np.std(last["acn"], ddof=1))
-    assert (acn["cutoff"], twin["cutoff"], acn["p"]) == ("1", "2", "")
-    assert float(twin["p"]) == pytest.approx(stats.ttest_rel(last["twin"], last["acn"]).pvalue)
-    assert f"failed: {tmp_path}/twin/seed=2: not finished, or not evaluated" in text
-    assert paired([(0.5, 0.4)]) is None
-    with pytest.raises(UserError, match="holds no results"):
-        results_table([tmp_path / "acn/seed=0/eval"])
+def test_what_is_evaluated_is_what_is_asked_for(one_rank: Ranks, encoder: Path, shards: Path, tmp_path: Path) -> None:
+    """A folder that is none of a task's evaluation sets stands alone; a checkpoint on the way is not the run."""
+    cfg = fine_tuning(tmp_path, encoder, shards, "mrpc", 'checkpoint={every="5step", keep=3}', "eval.batch_size=7")
+    one_rank(train_only, cfg)
+    run, held = run_folder(cfg), tmp_path / "held"
+    shutil.copytree(shards / "mrpc/eval", held)
+    for data, task, samples in ((shards / "mrpc/train", "mrpc_train", 150), (held, "mrpc_held", 53)):
+        one_rank(evaluated, run, str(data))
+        assert {each.task: each.samples for each in read_measurements(run)}[task] == samples
+    first = next((run / "checkpoints").glob("step_*05"))
+    (message,) = one_rank(complaint, first)
+    assert message.startswith(f"{first}: not the newest checkpoint of its run, step_00000009; --out must name")
+    one_rank(evaluated, first, None, tmp_path / "out")
+    assert {each.task for each in read_measurements(tmp_path / "out")} == {"mrpc"}
+    assert "full depth" in evaluate_run(run, overrides=["eval.batch_size=7"])  # batches of several lengths
 
 
 @pytest.mark.parametrize(
@@ -474,65 +476,6 @@ def test_a_score_of_the_majority_class_says_so(
     assert {each.note for each in found} == {noted}
     assert {each.depth for each in found} == {0, 1}
     assert [record.getMessage().startswith(f"mrpc: {noted}") for record in caplog.records] == [True] * bool(noted)
-
-
-def results(folder: Path, runs: Sequence[tuple[int | None, Sequence[float]]], task: str = "rte") -> Path:
-    """A network's folder of evaluated runs, each with its seed and its accuracy at every depth."""
-    for number, (seed, curve) in enumerate(runs):
-        lines = [{"task": task, "metric": "accuracy", "value": value, "depth": depth, "seed": seed}
-                 for depth, value in enumerate(curve)]  # fmt: skip
-        path = folder / f"run{number}/eval/{task}.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(lines))
-    return folder
-
-
-def rows_of(*folders: Path) -> list[dict[str, str]]:
-    """The table's lines."""
-    path = folders[0].parent / "table.csv"
-    results_table(folders, table=path)
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "tested"),
-    [
-        ([None, None, None], [None, None, None], False),
-        ([0, 0, 1], [0, 1, 2], False),
-        ([0, 1, 2], [1, 1, 2], False),
-        ([0, 1, 2], [None, 1, 2], True),
-    ],
-)
-def test_only_what_has_one_seed_is_paired(
-    tmp_path: Path, ours: list[int | None], theirs: list[int | None], tested: bool
-) -> None:
-    """Exports have none, and of runs of one seed it is not known which goes with which."""
-    first = results(tmp_path / "acn", [(seed, [0.5, 0.80 + place / 50]) for place, seed in enumerate(ours)])
-    second = results(tmp_path / "twin", [(seed, [0.5, 0.70 + place / 90]) for place, seed in enumerate(theirs)])
-    assert (rows_of(first, second)[1]["p"] != "") == tested
-
-
-def test_means_are_not_measured_again(tmp_path: Path) -> None:
-    """Written into a run below the folders, into one that has no results as well, they change no later table."""
-    folder = results(tmp_path / "acn", [(seed, [0.5, 0.8, 0.802 + seed / 1000]) for seed in range(3)])
-    (folder / "run9").mkdir()
-    (folder / "run9/environment.json").write_text("{}")
-    before = results_table([folder])
-    for into in ("run0", "run9"):
-        assert results_table([folder], into=folder / into) == results_table([folder]) == before
-        assert [each.mean_of for each in read_measurements(folder / into) if "mean" in (each.note or "")] == [3]
-
-
-def test_networks_of_several_depths_have_a_mean_and_no_cut_off(tmp_path: Path) -> None:
-    """As after cut_while_training: what is at a depth of one is not there in the other."""
-    folder = results(tmp_path / "acn", [(0, [0.5, 0.8, 0.9]), (1, [0.5, 0.7])])
-    (row,) = rows_of(folder)
-    assert float(row["mean"]) == pytest.approx(80)
-    assert (row["cutoff"], row["blocks"], row["mean_there"], row["note"]) == ("", "", "", "networks of 1 and 2 blocks")
-    text = results_table([folder], into=folder / "run0")
-    assert "networks of 1 and 2 blocks" in text
-    assert read_measurements(folder / "run0")[0].depth is None
 
 
 def submitted(encoder: Path, shards: Path, tmp_path: Path, *arguments: object) -> str:
@@ -566,15 +509,3 @@ def test_what_starts_from_mnli_waits_for_its_own_run(encoder: Path, shards: Path
         ["mrpc/seed=0", "stsb/seed=0"], ["mrpc/seed=1", "stsb/seed=1"]
     ]  # fmt: skip
     assert all("kill-on-invalid-dep=yes" in each for each in others)
-
-
-def test_a_network_of_a_grid_counts_by_its_best_settings(
-    one_rank: Callable, encoder: Path, shards: Path, tmp_path: Path
-) -> None:
-    for lr in ("1e-4", "3e-3"):
-        cfg = fine_tuning(tmp_path, encoder, shards, "cola", f"optim.lr={lr}", f"run.name=grid/lr={lr}")
-        one_rank(fine_tune, cfg)
-    text = results_table([tmp_path / "grid"])
-    assert "(best of 2)" in text
-    rows = {path.parent.name: read_measurements(path) for path in tmp_path.glob("grid/*/")}
-    assert len(text.splitlines()) == 2 + 2 + 2, rows

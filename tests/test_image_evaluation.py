@@ -26,17 +26,16 @@ from acn_scale.convert.export import write_export
 from acn_scale.convert.network import Images, Network
 from acn_scale.data import evaluation_of
 from acn_scale.data.image_files import ImageFiles
-from acn_scale.data.image_noise import CORRUPTIONS, PAPER, image_noise, image_noises
+from acn_scale.data.image_noise import CORRUPTIONS, image_noise, image_noises
 from acn_scale.data.shards import ShardIndex, ShardReader
 from acn_scale.data.storage import open_folder
 from acn_scale.downstream.corruptions import ALEXNET, corrupted
 from acn_scale.downstream.image_evaluation import evaluate_images
 from acn_scale.downstream.image_sets import open_subject
-from acn_scale.downstream.noise_table import PUBLISHED, noise_table
 from acn_scale.downstream.predictions import predict
 from acn_scale.downstream.probes import NEIGHBOURS, TEMPERATURE, _fit, draw, features_of, nearest_neighbours
 from acn_scale.errors import UserError
-from acn_scale.results import Measurement, read_measurements, write_measurements
+from acn_scale.results import read_measurements
 
 CPU = torch.device("cpu")
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # it would compile one of the corruptions for seconds
@@ -385,33 +384,6 @@ def test_a_draw_has_as_many_of_each_class(digits: Path, tmp_path: Path) -> None:
     only = evaluation_of(images.data(str(digits / "train")), read_model(source).card.model, batch_size=9, chosen=chosen)
     labels = torch.cat([batch["labels"][counts] for batch, counts in only])
     assert labels.tolist() == [int(label) for label in read]
-
-
-def lines_of(task: str, curve: list[float], checkpoint: str = "a") -> list[Measurement]:
-    return [
-        Measurement(task=task, metric="accuracy", value=value, depth=depth, checkpoint=checkpoint)
-        for depth, value in enumerate(curve)
-    ]
-
-
-def test_noise_table(tmp_path: Path) -> None:
-    """A row at full depth and one at the cut-off; what was measured on other weights is not shown."""
-    for name in ("ac", "twin"):
-        (tmp_path / name).mkdir()
-        write_measurements(tmp_path / name, "birds", lines_of("birds", [0.1, 0.599, 0.6]))
-    for place, noise in enumerate(PAPER):
-        curve = [0.05, 0.5 - place / 100, 0.4 - place / 100]
-        write_measurements(tmp_path / "ac", f"birds+{noise}", lines_of(f"birds+{noise}", curve))
-        weights = "a" if place else "b"
-        write_measurements(tmp_path / "twin", f"birds+{noise}", lines_of(f"birds+{noise}", curve, weights))
-    rows = [line.split("  ") for line in noise_table([tmp_path / "ac", tmp_path / "twin"]).splitlines()]
-    cells = {row[0].strip(): [cell.strip() for cell in row[1:] if cell.strip()] for row in rows if len(row) > 6}
-    assert cells["ac, 2 of 2 blocks"] == ["60.00", "40.00", "39.00", "38.00", "37.00", "36.00", "35.00"]
-    assert cells["ac, 1 of 2 blocks"] == ["59.90", "50.00", "49.00", "48.00", "47.00", "46.00", "45.00"]
-    assert cells["twin, 2 of 2 blocks"][1:3] == ["-", "39.00"]
-    assert cells["AC-ViT, published"] == [f"{value:.2f}" for value in PUBLISHED["AC-ViT, published"]]
-    with pytest.raises(UserError, match="holds no results under the paper's noise"):
-        noise_table([tmp_path])
 
 
 def test_what_does_not_fit_is_told(digits: Path, photos: Path, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""Evaluate a fine-tuned classifier of texts at every depth: the metrics of its GLUE task, with and without noise.
+"""Evaluate a fine-tuned classifier of texts at every depth: the metrics of its GLUE task, or those under noise.
 
     python tools/evaluate_task.py runs/glue/sst2 --noise swap_0.1 drop_0.1
 
-Writes SOURCE/eval/<task>.json, the predictions beside it, and SOURCE/submission/ for the GLUE server. The end of
-acn_scale/finetune.py does the same, without noise. Runs on several ranks too (torchrun, srun, deepspeed).
+Writes SOURCE/eval/<task>.json, the predictions beside it, and SOURCE/submission/ for the GLUE server; with --noise,
+only SOURCE/eval/<task>+<noise>.json. The end of acn_scale/finetune.py does the same, without noise. Runs on several
+ranks too (torchrun, srun, deepspeed).
 """
 
 import argparse
@@ -16,7 +17,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("source", type=Path, help="a run, a checkpoint or an export")
-    add("--data", metavar="SHARDS", help="evaluation shards of the task (default: the run's)")
+    add("--data", metavar="SHARDS", help="shards of the task, with the evaluation and test sets that lie beside them "
+        "(default: the run's)")  # fmt: skip
+    add("--out", type=Path, metavar="FOLDER", help="for the results (default: the source's folder)")
     add("--noise", nargs="+", default=[], metavar="NAME", help="on the texts: swap_P swaps two characters of each word "
         "with probability P, drop_P drops words; such as swap_0.1 drop_0.1")  # fmt: skip
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # a launcher's own
@@ -28,7 +31,7 @@ def main() -> None:
 
     noises = {name: text_noise(name) for name in args.noise}
     with distributed.process_group() as device:
-        found = evaluate_task(args.source, device, data=args.data, noises=noises)
+        found = evaluate_task(args.source, device, data=args.data, noises=noises, out=args.out)
         if distributed.rank() == 0:
             print(summaries(found))
 

@@ -44,6 +44,32 @@ def read_model(source: Path | str, *, average: bool = False) -> Network:
     raise UserError(f"{source}: holds no complete checkpoint and no export{' with an average' * average}")
 
 
+def run_of(source: Path | str, net: Network) -> Path | None:
+    """The run's folder where `net` was read from `source`, a run or one of its checkpoints; None of all else."""
+    if str(source).partition(":")[0] in FOREIGN or is_export(Path(source)):
+        return None
+    return Path(net.card.source).absolute().parents[1]
+
+
+def results_folder(source: Path | str, net: Network, out: Path | None) -> Path:
+    """Where evaluations of `net`, read from `source`, go: to `out`, or to the run or export itself.
+
+    Raises UserError where `out` must be named: for another's network, and for a checkpoint that is not its run's
+    newest, whose results would be taken for the run's.
+    """
+    if out is not None:
+        return out
+    if str(source).partition(":")[0] in FOREIGN:
+        raise UserError(f"{source}: --out must name a folder for its results")
+    run = run_of(source, net)
+    if run is None:
+        return Path(source)
+    last = complete(run)[-1].name
+    if Path(net.card.source).name != last:
+        raise UserError(f"{source}: not the newest checkpoint of its run, {last}; --out must name a folder for results")
+    return run
+
+
 def read_weights(source: str) -> dict[str, Tensor]:
     """By name, of whatever read_model takes, or of an encoder without a head in hf:FOLDER."""
     kind, _, rest = source.partition(":")

@@ -9,9 +9,8 @@ import numpy as np
 
 from acn_scale import distributed
 from acn_scale.config import EvalConfig, ImageDataConfig, Resize
-from acn_scale.convert.export import is_export
 from acn_scale.convert.network import Network
-from acn_scale.convert.sources import FOREIGN, read_model
+from acn_scale.convert.sources import FOREIGN, read_model, results_folder, run_of
 from acn_scale.data import evaluation_of
 from acn_scale.data.image_files import ImageFiles
 from acn_scale.data.image_noise import ImageNoise
@@ -34,7 +33,8 @@ class ImageSet:
     @property
     def name(self) -> str:
         """Of the data in results: the last part of its place that is not that of a split for evaluation."""
-        parts = [part for part in self.location.split("/") if part not in ("", ".", "..")]
+        location = self.location if "://" in self.location else str(Path(self.location).resolve())
+        parts = [part for part in location.split("/") if part] or ["images"]
         while len(parts) > 1 and parts[-1] in EVAL_NAMES:
             parts.pop()
         return parts[-1]
@@ -101,13 +101,11 @@ def open_subject(
     model, card = net.card.model, net.card
     if model.name == "bert":
         raise UserError(f"{source}: must be a classifier of images")
-    foreign, export = source.partition(":")[0] in FOREIGN, is_export(Path(source))
-    cfg = None if foreign or export else read_config(Path(card.source).parents[1])
+    run = run_of(source, net)
+    cfg = read_config(run) if run else None
     if cfg is None and data is None:
         raise UserError(f"{source}: has no evaluation data of its own; name some with --data")
-    if foreign and out is None:
-        raise UserError(f"{source}: --out must name a folder for its results")
-    place = out or (Path(card.source).parents[1] if cfg else Path(source))
+    place = results_folder(source, net, out)
     if card.images is None and cfg is None:
         raise UserError(f"{source}: does not say how images are prepared")
     found = cfg.data if cfg else card.images.data(data)

@@ -4,6 +4,7 @@ A value is scikit-learn's or SciPy's. The thousand resamples of a metric of clas
 on counts: scikit-learn takes two seconds for them, at each depth.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -55,7 +56,9 @@ def measure(
         counts = np.bincount(labels * classes + predictions, minlength=classes**2).astype(np.float64)
         # Drawing samples with replacement is drawing how many there are of each kind.
         draws = random.multinomial(len(labels), counts / len(labels), size=RESAMPLES).astype(np.float64)
-        value = float(OF_CLASSES[metric](labels, predictions))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of samples of one class, which results note by themselves
+            value = float(OF_CLASSES[metric](labels, predictions))
         return value, list(interval(OF_COUNTS[metric](draws.reshape(-1, classes, classes)), value))
     value = _correlation(metric, labels, predictions)
     draws = (random.integers(len(labels), size=len(labels)) for _ in range(RESAMPLES))

@@ -12,7 +12,7 @@ import torch
 from acn_scale import distributed
 from acn_scale.config import Config, SentenceDataConfig
 from acn_scale.convert.network import Network
-from acn_scale.convert.sources import read_model
+from acn_scale.convert.sources import read_model, results_folder, run_of
 from acn_scale.data import evaluation_of
 from acn_scale.data.samples import Samples
 from acn_scale.data.sentences import TextNoise
@@ -42,19 +42,27 @@ class Split:
 
 
 def evaluate_task(
-    source: Path, device: torch.device, *, data: str | None = None, noises: dict[str, TextNoise] | None = None
+    source: Path,
+    device: torch.device,
+    *,
+    data: str | None = None,
+    noises: dict[str, TextNoise] | None = None,
+    out: Path | None = None,
 ) -> list[Measurement]:
-    """Read out a run, a checkpoint or an export of a classifier of texts at every depth, on every split that lies
-    beside its evaluation shards; `data` takes the place of these.
+    """Read out a run, a checkpoint or an export of a classifier of texts at every depth, on its evaluation shards and
+    every split that lies beside them; `data` takes the place of these.
 
-    Writes eval/<task>.json, eval/predictions/<split>.tsv, from which alone the metrics are computed, and, where there
-    are test sets, submission/*.tsv for the GLUE server. With `noises`, only eval/<task>+<noise>.json, on noisy texts.
-    Call it on every rank; rank 0 writes. Raises UserError.
+    Writes, to `out` or the folder of the run or export, eval/<task>.json, eval/predictions/<split>.tsv, from which
+    alone the metrics are computed, and, where there are test sets, submission/*.tsv for the GLUE server. With `noises`,
+    only eval/<task>+<noise>.json, on noisy texts. Call it on every rank; rank 0 writes. Raises UserError.
     """
     with distributed.together():
         net = read_model(source)
-        cfg, batch_size, seed, folder = _data_of(source, net, data)
+        cfg, batch_size, seed = _data_of(source, net, data)
+        folder = results_folder(source, net, out)
         splits = _splits(Path(cfg.eval), net, source)
+        if noises and all(split.server for split in splits):
+            raise UserError(f"--data {cfg.eval}: has no labels, by which to judge what noise does")
     model, digest = net.model.to(device), net.digest()
     found, files = [], {}
     passes = [(split, name, noise) for split in splits for name, noise in (noises or {"": None}).items()]
@@ -104,25 +112,25 @@ def summaries(found: Sequence[Measurement]) -> str:
     return "\n".join(lines)
 
 
-def _data_of(source: Path, net: Network, data: str | None) -> tuple[SentenceDataConfig, int, int | None, Path]:
-    """(data, batch size, seed, folder for the results)."""
-    if net.card.run is not None and not (source / "model.safetensors").exists():
-        folder = Path(net.card.source).parents[1]
-        cfg: Config = read_config(folder)
+def _data_of(source: Path, net: Network, data: str | None) -> tuple[SentenceDataConfig, int, int | None]:
+    """(data, batch size, seed)."""
+    if run := run_of(source, net):
+        cfg: Config = read_config(run)
         if not isinstance(cfg.data, SentenceDataConfig):
             raise UserError(f"{source}: data.kind = {cfg.data.kind}: must be a run on sentences")
         found = cfg.data.model_copy(update={"eval": data}) if data else cfg.data
-        return found, cfg.eval.batch_size, cfg.run.seed, folder
+        return found, cfg.eval.batch_size, cfg.run.seed
     if net.card.model.name != "bert" or not net.card.model.num_classes:
         raise UserError(f"{source}: must be a classifier of texts")
     if data is None:
         raise UserError(f"{source}: an export has no evaluation shards of its own; name some with --data")
     found = SentenceDataConfig(kind="sentences", train=data, eval=data, tokenizer=str(source))
-    return found, 256, None, source
+    return found, 256, None
 
 
 def _splits(folder: Path, net: Network, source: Path) -> list[Split]:
-    """The evaluation and test splits of the task that lie beside a folder of its shards, and MNLI's diagnostic set.
+    """A folder of a task's shards, and the evaluation and test splits that lie beside it; of MNLI, its diagnostic set.
+    A folder that is none of these splits, such as the training set, stands alone.
 
     Raises UserError for a task that is not the network's, where its training shards still tell.
     """
@@ -132,6 +140,8 @@ def _splits(folder: Path, net: Network, source: Path) -> list[Split]:
     learnt = _task_of(net)
     if learnt not in (None, name) and (learnt, name) != ("mnli", "ax"):
         raise UserError(f"--data {folder}: holds {name}; {source} was trained on {learnt}")
+    if folder.resolve().name not in TASKS[name].splits or folder.resolve().name == "train":
+        return [Split(f"{name}_{folder.resolve().name}", ShardIndex.load(folder), TASKS[name], None)]
     found = []
     for place in (name, *(["ax"] if name == "mnli" else [])):
         task = TASKS[place]
@@ -139,7 +149,7 @@ def _splits(folder: Path, net: Network, source: Path) -> list[Split]:
             path = folder.parent / split if place == name else folder.parents[1] / place / split
             if split != "train" and (path / "index.json").exists():
                 server = task.server.get(split, task.folder) if split.startswith("test") else None
-                label = place + split.removeprefix("eval").removeprefix("test") if not server else f"{place}_{split}"
+                label = f"{place}_{split}" if server else place + split.removeprefix("eval")
                 found.append(Split(label, ShardIndex.load(path), task, server))
     return found
 
