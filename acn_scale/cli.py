@@ -82,6 +82,22 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    """A whole number from 0 on, for argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more")
+    return value
+
+
+def points(text: str) -> float:
+    """Of accuracy, from 0 to 100, for argparse."""
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text}: must be from 0 to 100")
+    return value
+
+
 def share(text: str) -> float:
     """A number from 0 to 1, for argparse."""
     value = float(text)

@@ -230,10 +230,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for step in steps:
             print(f"{step.stage.name:<12} {'done' if step.done() else 'to do':<6} {step.describe()}")
         return
+    left = [step for step in steps if not step.done()]
+    if args.cluster == "slurm":
+        for step in left:
+            own, name = where[step.stage.name], job_name(chain, step)
+            if step.cfg is None:
+                submission.check_tool(own, name, chain.folder)
+            else:
+                path = submission.snapshot_path(run_folder(step.cfg), step.cfg)
+                submission.check_with_slurm(submission.sbatch_file(own, name, [path]))
     (chain.folder / "done").mkdir(parents=True, exist_ok=True)
     files = {name: content for step in steps for name, content in step.files.items()}
     snapshot = submission.prepare(chain.folder, chain, files)
-    left = [step for step in steps if not step.done()]
     for step in steps:
         if step in left or step.cfg is not None:
             step.begin()
@@ -241,6 +249,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_here(where, snapshot, steps, left)
     else:
         submit(where, chain, snapshot, steps, left)
+
+
+def job_name(chain: Chain, step: Step) -> str:
+    return f"{chain.name.replace('/', '_')}_{step.stage.name}"
 
 
 def run_here(where: Where, snapshot: Path, steps: Sequence[Step], left: Sequence[Step]) -> None:
@@ -280,7 +292,7 @@ def submit(where: Where, chain: Chain, snapshot: Path, steps: Sequence[Step], le
         args = where[step.stage.name]
         args.extra = [*args.extra, "kill-on-invalid-dep=yes"]
         after = [each for name in step.waits_for for each in jobs[name]]
-        name = f"{chain.name.replace('/', '_')}_{step.stage.name}"
+        name = job_name(chain, step)
         if step not in left:
             jobs[step.stage.name] = []
         elif step.cfg is None:

@@ -5,7 +5,7 @@ import re
 
 import requeue
 
-from acn_scale.cli import positive
+from acn_scale.cli import not_negative, positive
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "processes on this machine, started again when they fail. debug: one process, in this terminal "
         "(default: slurm)")  # fmt: skip
     add("--nodes", type=positive, default=1, help="machines (default: 1)")
-    add("--gpus-per-node", type=int, default=0, help="GPUs of each, with a process for each (default: 0)")
+    add("--gpus-per-node", type=not_negative, default=0, help="GPUs of each, with a process for each (default: 0)")
     add("--tasks-per-node", type=positive, help="processes of each machine (default: its GPUs, or 1)")
     add("--cpus-per-task", type=positive, help="CPU cores of each process, its loader processes included")
     add("--mem", type=float, metavar="GB", help="main memory of each machine")

@@ -16,7 +16,7 @@ import submission
 import sweep
 from cluster_options import add_options
 
-from acn_scale.cli import exit_on_user_error, load_config
+from acn_scale.cli import exit_on_user_error, load_config, positive
 from acn_scale.config import Config
 from acn_scale.data.tasks import TASKS
 from acn_scale.downstream.source import completed
@@ -67,7 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--from-mnli", action="store_true", help=f"start {', '.join(SMALL)} from the MNLI run of the first "
         "settings and the same seed; on Slurm they leave the queue where that one fails")  # fmt: skip
     add("--name", help="folder of the runs below run.dir (default: glue/<last part of --from>)")
-    add("--parallel", type=int, help="runs at the same time, also of those that wait for one MNLI run (default: all)")
+    add(
+        "--parallel",
+        type=positive,
+        help="runs at the same time, also of those that wait for one MNLI run (default: all)",
+    )
     add("overrides", nargs="*", metavar="key.sub=value", help="keys to change in all of them")
     add_options(parser)
     args = parser.parse_intermixed_args(arguments)

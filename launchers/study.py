@@ -27,8 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.cluster != "slurm":
         raise UserError(f"--cluster {args.cluster}: is for one run; tools/reproduce.py runs a study here")
     setting = setting_of(args)
-    configs = first_runs(args.study, STUDIES[args.study], setting)
     name = f"{args.study}_{args.scale}"
+    if not args.dry_run:
+        submission.check_tool(args, f"{name}_report", setting.folder)
+    configs = first_runs(args.study, STUDIES[args.study], setting)
     jobs: list[str] = []
     if configs:
         _, jobs = submission.launch_all(args, name, configs, parallel=args.parallel)

@@ -130,9 +130,14 @@ def launch_all(
 
     Returns the worst exit code of what ran here, and the ids of what was submitted.
     """
-    for cfg in configs:
+    folders = [run_folder(cfg) for cfg in configs]
+    for place, (cfg, folder) in enumerate(zip(configs, folders, strict=True)):
+        if folder in folders[:place]:
+            raise UserError(f"{folder}: of two of these runs; the same seed or value may be named twice")
         check(cfg, args)
-    text = sbatch_file(args, name, [snapshot_path(run_folder(cfg), cfg) for cfg in configs], parallel, after)
+    text = sbatch_file(
+        args, name, [snapshot_path(*each) for each in zip(folders, configs, strict=True)], parallel, after
+    )
     if args.dry_run:
         print(text, end="")
         return 0, []
@@ -182,12 +187,23 @@ def submit_tool(
     job's id.
     """
     executor = submitit.SlurmExecutor(folder=snapshot.parent)
-    values = parameters(args, name, [snapshot], after) | {"nodes": 1, "ntasks_per_node": 1}
+    values = _tool_parameters(args, name, snapshot, after)
     if after and anyway:
         values["dependency"] = f"afterany:{':'.join(after)}"
-    executor.update_parameters(**{key: value for key, value in values.items() if key != "teardown"})
+    executor.update_parameters(**values)
     logging.getLogger("submitit").setLevel(logging.ERROR)
     return executor.submit(job.run_tool, list(command), str(marker), str(snapshot)).job_id
+
+
+def _tool_parameters(args: argparse.Namespace, name: str, snapshot: Path, after: Sequence[str] = ()) -> dict[str, Any]:
+    values = parameters(args, name, [snapshot], after) | {"nodes": 1, "ntasks_per_node": 1}
+    return {key: value for key, value in values.items() if key != "teardown"}
+
+
+def check_tool(args: argparse.Namespace, name: str, folder: Path) -> None:
+    """Have Slurm look at the job of a tool whose results go to a folder. Raises UserError."""
+    snapshot = (folder / "jobs" / "snapshot").resolve()
+    check_with_slurm(_sbatch_text(_tool_parameters(args, name, snapshot), snapshot.parent))
 
 
 def check_with_slurm(text: str) -> None:
@@ -217,6 +233,10 @@ def sbatch_file(
     values = parameters(args, name, snapshots, after)
     if len(snapshots) > 1:
         values |= {"map_count": len(snapshots), "array_parallelism": parallel or len(snapshots)}
+    return _sbatch_text(values, logs)
+
+
+def _sbatch_text(values: Mapping[str, Any], logs: Path) -> str:
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(logs))}"
     return _make_sbatch_string(command=command, folder=logs, **values) + "\n"
 

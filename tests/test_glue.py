@@ -25,6 +25,7 @@ from acn_scale.config import BertConfig
 from acn_scale.convert import TARGETS, convert
 from acn_scale.convert.export import read_export, write_export
 from acn_scale.convert.network import Card, Network
+from acn_scale.convert.sources import read_model
 from acn_scale.data import build_stream
 from acn_scale.data.encoders import load_encoder
 from acn_scale.data.make_glue import make_glue_shards
@@ -40,7 +41,7 @@ from acn_scale.downstream.predictions import Predictions
 from acn_scale.downstream.source import completed
 from acn_scale.downstream.tasks import Split, _measured, evaluate_task
 from acn_scale.downstream.text_noise import drop_words, swap_characters, text_noise
-from acn_scale.errors import UserError
+from acn_scale.errors import RunFailed, UserError
 from acn_scale.evaluation import evaluate_run
 from acn_scale.models import build_model
 from acn_scale.pretrain import train
@@ -132,7 +133,7 @@ def evaluated(folder: Path, data: str | None = None, out: Path | None = None) ->
 
 
 def complaint(source: Path, data: str | None = None) -> str:
-    with pytest.raises(UserError) as error:
+    with pytest.raises((UserError, RunFailed)) as error:
         evaluate_task(source, local_device(), data=data)
     return str(error.value)
 
@@ -453,6 +454,12 @@ def test_what_is_evaluated_is_what_is_asked_for(one_rank: Ranks, encoder: Path, 
     one_rank(evaluated, first, None, tmp_path / "out")
     assert {each.task for each in read_measurements(tmp_path / "out")} == {"mrpc"}
     assert "full depth" in evaluate_run(run, overrides=["eval.batch_size=7"])  # batches of several lengths
+    net = read_model(run)
+    next(net.model.parameters()).fill_(float("nan"))
+    (tmp_path / "diverged").mkdir()
+    write_export(net, tmp_path / "diverged", "fp32")
+    (message,) = one_rank(complaint, tmp_path / "diverged", str(shards / "mrpc/eval"))
+    assert message.startswith("mrpc: some of the network's outputs are not finite")
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,30 @@ def test_mistakes_are_found_before_anything_is_submitted(tmp_path: Path, small: 
         assert launch("pretrain.py", *small, *arguments).returncode == 2
 
 
+def test_no_run_is_submitted_twice(tmp_path: Path, small: list[str]) -> None:
+    """Two jobs would train in one folder."""
+    for values in (["--seeds", 0, 0], ["--grid", "optim.lr=1e-3,1e-3"]):
+        done = launch("sweep.py", *small, *values, "--dry-run")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "of two of these runs; the same seed or value may be named twice" in done.stderr
+
+
+def test_without_slurm_nothing_is_begun(
+    tmp_path: Path, small: list[str], chain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it a traceback, whatever is submitted."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    for command in (
+        ["pretrain.py", *small],
+        ["chain.py", "--config", chain],
+        ["study.py", "depth-vit", "--out", tmp_path / "studies"],
+    ):
+        done = launch(*command)
+        assert (done.returncode, "error: --cluster slurm: there is no sbatch" in done.stderr) == (2, True), done.stderr
+        assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize(("text", "minutes"), [("90", 90), ("1:30", 90), ("2-00:10", 2890), ("0:01", 1)])
 def test_durations(text: str, minutes: int) -> None:
     assert duration(text) == minutes

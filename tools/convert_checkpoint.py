@@ -6,7 +6,7 @@ python tools/convert_checkpoint.py runs/quickstart/ac_vit --to hf --tolerance 0.
 import argparse
 from pathlib import Path
 
-from acn_scale.cli import exit_on_user_error
+from acn_scale.cli import exit_on_user_error, points
 from acn_scale.convert import TARGETS, convert
 from acn_scale.convert.network import DTYPES
 
@@ -19,8 +19,8 @@ def main() -> None:
     add("--to", required=True, choices=TARGETS, help="form of the result")
     cut = parser.add_mutually_exclusive_group()
     cut.add_argument("--depth", type=int, help="cut after so many blocks")
-    cut.add_argument("--tolerance", type=float, metavar="POINTS", help="cut at the smallest depth whose accuracy in the"
-        " last evaluation is within so many points of full depth")  # fmt: skip
+    cut.add_argument("--tolerance", type=points, metavar="POINTS", help="cut at the smallest depth whose accuracy in "
+        "the last evaluation is within so many points of full depth")  # fmt: skip
     add("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
     add("--ema", action="store_true", help="take the moving average of the weights")
     add("--out", type=Path, required=True, help="folder to write, new or empty")

@@ -7,7 +7,7 @@ python tools/depth_report.py exports/ac_vit --data data/digits/eval
 import argparse
 from pathlib import Path
 
-from acn_scale.cli import exit_on_user_error
+from acn_scale.cli import exit_on_user_error, points
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     add = parser.add_argument
     add("source", nargs="+", type=Path, help="folders of runs (their newest checkpoint), of checkpoints or of exports")
     add("--data", metavar="DIR", help="evaluation shards (default: each run's own; an export has none)")
-    add("--tolerance", type=float, default=0.5, metavar="POINTS", help="points of accuracy that the cut-off in the "
+    add("--tolerance", type=points, default=0.5, metavar="POINTS", help="points of accuracy that the cut-off in the "
         "tables may lose; the page has 0.1, 0.5 and 1.0 too (default: 0.5)")  # fmt: skip
     add("--out", type=Path, metavar="DIR", help="folder for report.html, depth.json and depth_curve.png (default: "
         "report/ in the first source)")  # fmt: skip

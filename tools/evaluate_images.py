@@ -11,7 +11,7 @@ throughput/. The numbers are the same on any number of ranks.
 import argparse
 from pathlib import Path
 
-from acn_scale.cli import exit_on_user_error, positive
+from acn_scale.cli import exit_on_user_error, not_negative, points, positive
 
 ON = """pixels (default): on pixels in 0..1, clipped to that again. Noise is then a property of the image, the same for
 networks of any normalisation, as in ImageNet-C. normalised: on the model's input, not clipped; sigma is then in units
@@ -34,12 +34,12 @@ def main() -> None:
         "severities and mCE: of the files in DIR, or made here (needs imagecorruptions-imaug)")  # fmt: skip
     add("--knn", action="store_true", help="20 nearest neighbours among training images, by readouts of every depth")
     add("--probe", action="store_true", help="a linear map trained anew on the readouts of every depth")
-    add("--per-class", type=int, default=100, metavar="N", help="training images of each class for these two; 0: all "
-        "(default: 100)")  # fmt: skip
-    add("--tolerance", type=float, default=0.5, metavar="POINTS", help="what the cut-off may lose (default: 0.5)")
+    add("--per-class", type=not_negative, default=100, metavar="N", help="training images of each class for these two; "
+        "0: all (default: 100)")  # fmt: skip
+    add("--tolerance", type=points, default=0.5, metavar="POINTS", help="what the cut-off may lose (default: 0.5)")
     add("--out", type=Path, metavar="FOLDER", help="for eval/ (default: the source's folder)")
     add("--batch-size", type=positive, metavar="N", help="images of a pass on a rank (default: the run's, or 256)")
-    add("--workers", type=int, metavar="N", help="loader processes of each rank (default: the run's, or none)")
+    add("--workers", type=not_negative, metavar="N", help="loader processes of each rank (default: the run's, or none)")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # a launcher's own
     args = parser.parse_args()
 

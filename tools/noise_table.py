@@ -8,7 +8,7 @@ after tools/evaluate_images.py SOURCE --noise paper for each of them.
 import argparse
 from pathlib import Path
 
-from acn_scale.cli import exit_on_user_error
+from acn_scale.cli import exit_on_user_error, points
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument(
         "folders", type=Path, nargs="+", metavar="FOLDER", help="runs, exports, or --out of evaluations"
     )
-    parser.add_argument("--tolerance", type=float, default=0.5, metavar="POINTS", help="what the cut-off may lose "
+    parser.add_argument("--tolerance", type=points, default=0.5, metavar="POINTS", help="what the cut-off may lose "
                         "(default: 0.5)")  # fmt: skip
     args = parser.parse_args()
 

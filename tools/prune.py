@@ -11,7 +11,7 @@ together.
 import argparse
 from pathlib import Path
 
-from acn_scale.cli import exit_on_user_error, length, share
+from acn_scale.cli import exit_on_user_error, length, points, share
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     add("--method", required=True, choices=("magnitude", "movement"), help="how weights are chosen")
     cut = parser.add_mutually_exclusive_group()
     cut.add_argument("--depth", type=int, help="cut each network after so many blocks before it is pruned")
-    cut.add_argument("--tolerance", type=float, metavar="POINTS", help="cut each at the smallest depth whose accuracy "
+    cut.add_argument("--tolerance", type=points, metavar="POINTS", help="cut each at the smallest depth whose accuracy "
         "in its last evaluation is within so many points of full depth")  # fmt: skip
     add("--sparsities", nargs="+", type=share, metavar="S", default=[n / 10 for n in range(10)], help="shares of "
         "zeros, 0 to 1; movement prunes until it is at the highest (default: 0 0.1 ... 0.9)")  # fmt: skip

@@ -10,14 +10,14 @@ the two has one run.
 import argparse
 from pathlib import Path
 
-from acn_scale.cli import exit_on_user_error
+from acn_scale.cli import exit_on_user_error, points
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folders", type=Path, nargs="+", metavar="FOLDER", help="with the runs of one network below it")
-    add("--tolerance", type=float, default=0.5, metavar="POINTS", help="what the cut-off may lose (default: 0.5)")
+    add("--tolerance", type=points, default=0.5, metavar="POINTS", help="what the cut-off may lose (default: 0.5)")
     add("--csv", type=Path, metavar="FILE", help="write the table to a file as well")
     add("--into", type=Path, metavar="RUN", help="write the means to a run's eval/, where its depth report shows them")
     args = parser.parse_args()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from acn_scale import distributed
 from acn_scale.data.stream import Evaluation
+from acn_scale.errors import RunFailed
 from acn_scale.files import csv_lines
 from acn_scale.models.base import Model
 from acn_scale.progress import bar
@@ -38,7 +39,8 @@ def predict(
     """`of` makes of logits (batch, classes) and labels (batch,) what is kept of them, (batch, ...). The model is on the
     device.
 
-    Call it on every rank; each gets the whole. The same on any number of ranks, to the last digit.
+    Call it on every rank; each gets the whole. The same on any number of ranks, to the last digit. Raises RunFailed
+    where the network says what is no number.
     """
     model.eval()
     numbers, labels, outputs = [], [], []
@@ -54,6 +56,8 @@ def predict(
     if torch.distributed.is_initialized():
         parts = distributed.union(parts)
     samples, labels, outputs = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    if not np.isfinite(outputs).all():
+        raise RunFailed(f"{name}: some of the network's outputs are not finite; has its training diverged?")
     order = np.argsort(samples)
     return Predictions(samples[order], labels[order], outputs[order])
 
