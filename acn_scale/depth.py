@@ -1,16 +1,17 @@
 """How much of its depth a network uses: scores at every depth, the cut-off, what is saved there."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from acn_scale import distributed
-from acn_scale.config import BertConfig, ModelConfig
+from acn_scale.config import BertConfig, Config, ModelConfig, SentenceDataConfig
 from acn_scale.data.samples import Batch
+from acn_scale.data.sentences import USUAL_TOKENS
 from acn_scale.data.stream import Evaluation
 from acn_scale.models import build_model
 from acn_scale.optim import freeze
@@ -140,10 +141,19 @@ def step_flops(model: ModelConfig, mask_ratio: float, *, frozen: bool = False) -
     return counter.get_total_flops() // 2
 
 
-def tokens_per_sample(cfg: ModelConfig) -> int:
-    """Tokens that the trunk sees of one sample."""
+def as_trained(cfg: Config, info: Mapping[str, Any]) -> Config:
+    """With model.max_tokens as long as sequences of its data are at most. `info`: of its shards' index."""
+    tokens = info.get("tokens")
+    if isinstance(cfg.data, SentenceDataConfig):
+        tokens = cfg.data.max_tokens or min(USUAL_TOKENS, cfg.model.max_tokens)
+    model = cfg.model if tokens is None else cfg.model.model_copy(update={"max_tokens": tokens})
+    return cfg.model_copy(update={"model": model})
+
+
+def image_tokens(cfg: ModelConfig) -> int:
+    """Tokens that the trunk sees of one image; 0 of a text."""
     if isinstance(cfg, BertConfig):
-        return cfg.max_tokens
+        return 0
     return (cfg.image_size // cfg.patch_size) ** 2 + (cfg.pool != "mean")
 
 

@@ -116,6 +116,7 @@ class Step:
     applied: bool = False  # False where it was dropped: for a fault, or by fp16's loss scale
     seconds: float = 0.0  # of this rank's forward passes, in which it waits for no other below ZeRO-3
     gradient_norms: dict[str, float] | None = None  # of the global batch; None where not asked for
+    tokens: int = 0  # of the texts of the global batch, without padding
 
 
 def train_step(
@@ -141,7 +142,7 @@ def train_step(
         group["lr"] = lr * group["lr_scale"]
     engine.set_train_batch_size(batch_size or engine.train_batch_size())
     micro_steps = engine.gradient_accumulation_steps()
-    losses = []
+    losses, tokens = [], 0
     seconds = 0.0
     for micro_step in range(micro_steps):
         phase("data")
@@ -152,6 +153,8 @@ def train_step(
         loss = engine(**batch)["loss"]
         seconds += time.perf_counter() - start
         losses.append(loss.detach())
+        if "tokens" in batch:
+            tokens += batch["mask"].sum() if "mask" in batch else batch["tokens"].numel()
         if micro_step < micro_steps - 1:
             phase("backward")
             _backward(engine, loss)
@@ -160,7 +163,7 @@ def train_step(
     own_loss = torch.stack(losses).double().mean().item()  # waits for a GPU's forward pass
     seconds += time.perf_counter() - start
     phase("exchange")
-    total, stops = distributed.sum_on_cpu([own_loss, float(stop)])
+    total, stops, tokens = distributed.sum_on_cpu([own_loss, float(stop), float(tokens)])
     mean = total / distributed.world_size()
     fault = judge(mean)
     phase("backward")
@@ -170,7 +173,7 @@ def train_step(
     applied = _update(engine, edit)
     if not applied and fault is None and not engine.fp16_enabled():
         fault = "a gradient is not finite"
-    return Step(stops > 0, mean, own_loss, fault, applied, seconds, norms)
+    return Step(stops > 0, mean, own_loss, fault, applied, seconds, norms, int(tokens))
 
 
 def _backward(engine: Any, loss: Tensor) -> None:

@@ -1,5 +1,6 @@
 """What devices can do, from their makers' data sheets: peak rates without sparsity, and memory."""
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ if TYPE_CHECKING:  # tools/plan.py answers --help without it
 
 @dataclass(frozen=True)
 class Device:
-    name: str  # as it appears in what the driver calls it, in small letters
+    name: str  # a pattern for what the driver calls it, in small letters
     memory_gib: float
     peak: dict[str, float]  # floating-point operations per second of matrix products, by train.precision
 
@@ -24,14 +25,18 @@ DEVICES: dict[str, Device] = {
     "v100-32gb": _device("v100", 32, 125, 15.7),
     "a100-40gb": _device("a100", 40, 312, 19.5),
     "a100-80gb": _device("a100", 80, 312, 19.5),
-    "a10-24gb": _device("a10g", 24, 125, 31.2),
-    "l4-24gb": _device("l4", 24, 121, 30.3),
-    "l40s-48gb": _device("l40s", 48, 362, 91.6),
-    "rtx3090-24gb": _device("3090", 24, 71, 35.6),
-    "rtx4090-24gb": _device("4090", 24, 165, 82.6),
-    "h100-80gb": _device("h100", 80, 989, 66.9),
-    "h200-141gb": _device("h200", 141, 989, 66.9),
-    "b200-180gb": _device("b200", 180, 2250, 75.0),
+    "a10-24gb": _device("a10$", 24, 125, 31.2),
+    "a10g-24gb": _device("a10g$", 24, 70, 31.5),
+    "l4-24gb": _device("l4$", 24, 121, 30.3),
+    "l40-48gb": _device("l40$", 48, 181, 90.5),
+    "l40s-48gb": _device("l40s$", 48, 362, 91.6),
+    "rtx3090-24gb": _device("3090$", 24, 71, 35.6),
+    "rtx4090-24gb": _device("4090$", 24, 165, 82.6),
+    "h100-80gb": _device("h100.* hbm3$", 80, 989, 66.9),
+    "h100-pcie-80gb": _device("h100 pcie$", 80, 756, 51.2),
+    "h100-nvl-94gb": _device("h100 nvl$", 94, 835, 60.0),
+    "h200-141gb": _device("h200$", 141, 989, 66.9),
+    "b200-180gb": _device("b200$", 180, 2250, 75.0),
 }
 
 
@@ -42,6 +47,6 @@ def peak_rate(device: "torch.device", precision: str) -> float | None:
     import torch
 
     name = torch.cuda.get_device_name(device).lower()
-    # The longest name that fits: "l40s" before "l4".
-    fitting = sorted((each for each in DEVICES.values() if each.name in name), key=lambda each: -len(each.name))
+    # A slice of a GPU is none of them.
+    fitting = [each for each in DEVICES.values() if re.search(rf"\b{each.name}", name) and " mig " not in name]
     return fitting[0].peak[precision] if fitting else None

@@ -209,19 +209,22 @@ def _scalar(name: str, value: float, step: int, board: SummaryWriter) -> None:
 class Window:
     """What happened since the last line of metrics, without the time of evaluation and saving."""
 
-    def __init__(self, tokens_per_sample: int, device: torch.device) -> None:
-        self.tokens_per_sample, self.device = tokens_per_sample, device
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.restart()
 
     def restart(self) -> None:
-        self.start, self.steps, self.samples, self.skipped = time.perf_counter(), 0, 0, 0
+        self.start, self.steps, self.samples, self.tokens, self.skipped = time.perf_counter(), 0, 0, 0, 0
         self.waited = self.own_seconds = 0.0
         self.losses: list[float] = []
 
-    def add(self, loss: float, *, samples: int, applied: bool, waited: float, own_seconds: float) -> None:
-        """Another step: loss, global batch, whether it was applied, seconds of waiting for data and of work alone."""
+    def add(self, loss: float, *, samples: int, tokens: int, applied: bool, waited: float, own_seconds: float) -> None:
+        """Another step: loss, samples and tokens of the global batch, whether it was applied, seconds of waiting for
+        data and of work alone.
+        """
         self.steps += 1
         self.samples += samples
+        self.tokens += tokens
         self.waited += waited
         self.own_seconds += own_seconds
         if applied:
@@ -257,7 +260,7 @@ class Window:
         metrics |= {
             "train/skipped_steps": self.skipped,
             "speed/samples_per_second": self.samples / seconds,
-            "speed/tokens_per_second": self.samples * self.tokens_per_sample / seconds,
+            "speed/tokens_per_second": self.tokens / seconds,
             "speed/data_wait_fraction": self.waited / seconds,
             "speed/rank_seconds_median": own[len(own) // 2][0],
             "speed/rank_seconds_slowest": own[-1][0],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from acn_scale.config import Config
 from acn_scale.data.shards import ShardIndex
-from acn_scale.depth import step_flops
+from acn_scale.depth import as_trained, step_flops
 from acn_scale.durations import Horizon
 from acn_scale.hardware import Device
 from acn_scale.memory import memory, parameters
@@ -95,6 +95,7 @@ def plan(cfg: Config, cluster: Cluster, samples: int | None = None) -> str:
     index = None if samples else ShardIndex.load(cfg.data.train, cfg.data.remote)
     samples = (samples or index.num_samples) // cfg.continual.tasks
     steps = Horizon.of(cfg.train.length, samples, cfg.train.global_batch_size).steps
+    cfg = as_trained(cfg, index.info if index else {})
     parts = [_head(cfg, cluster, steps), _memory_table(cfg, cluster), _pace_table(cfg, cluster, steps)]
     if index is not None:
         mine = shards_per_node(cfg, len(index.shards), cluster)

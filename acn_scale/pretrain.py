@@ -13,13 +13,13 @@ import torch
 from acn_scale import checkpoint, curriculum, distributed, pruning
 from acn_scale.checkpoint import Checkpoints
 from acn_scale.cli import config_from_args, exit_on_user_error
-from acn_scale.config import Config
+from acn_scale.config import Config, SentenceDataConfig
 from acn_scale.continual import TaskSequence
 from acn_scale.convert.start import start_from
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.stream import Evaluation, Stream
 from acn_scale.dead_blocks import DeadBlocks
-from acn_scale.depth import cutoff, depth_figure, evaluate, step_flops, tokens_per_sample
+from acn_scale.depth import as_trained, cutoff, depth_figure, evaluate, image_tokens, step_flops
 from acn_scale.durations import Duration, Horizon
 from acn_scale.ema import WeightAverage
 from acn_scale.engine import Step, build_engine, train_step
@@ -92,7 +92,7 @@ class Trainer:
         self.restarts = restarts(folder)
         # Model FLOPs utilization (Chowdhery et al. 2022, app. B): what recomputing adds does not count.
         self.peak_rate = peak_rate(device, cfg.train.precision)
-        self.window = Window(tokens_per_sample(cfg.model), device)
+        self.window = Window(device)
 
     def build(self, depth: int, *, fresh: bool) -> None:
         """The network, of so many blocks, in an engine; `fresh`: with the weights that the run starts from."""
@@ -109,7 +109,10 @@ class Trainer:
         self.average = WeightAverage(self.engine, cfg.train.ema_decay) if cfg.train.ema_decay else None
         self.sequence = TaskSequence(self.engine, cfg, self.horizon) if cfg.continual.tasks > 1 else None
         mask_ratio, frozen = cfg.data.mask_ratio, cfg.train.freeze
-        self.flops_per_sample = step_flops(cfg.model, mask_ratio, frozen=frozen) if self.peak_rate else 0
+        # Sentences are of any length: what a step of them costs is not known.
+        known = self.peak_rate and not isinstance(cfg.data, SentenceDataConfig)
+        shape = as_trained(cfg, self.stream.samples.index.info).model
+        self.flops_per_sample = step_flops(shape, mask_ratio, frozen=frozen) if known else None
         self.depth = depth
 
     def run(self) -> bool:
@@ -182,7 +185,12 @@ class Trainer:
         if self.sequence and result.applied:
             self.sequence.method.after_update()
         self.window.add(
-            result.loss, samples=samples, applied=result.applied, waited=waited, own_seconds=waited + result.seconds
+            result.loss,
+            samples=samples,
+            tokens=result.tokens or samples * image_tokens(self.cfg.model),
+            applied=result.applied,
+            waited=waited,
+            own_seconds=waited + result.seconds,
         )
         if result.fault:
             self.note_bad(step, result)
@@ -275,7 +283,7 @@ class Trainer:
         values = self.window.read() | {"train/lr": learning_rate(self.cfg.optim, self.horizon, step - 1)}
         values |= {"data/bad_samples": len(self.stream.bad.known), "speed/checkpoint_stall": self.stall}
         values |= {"speed/restarts": self.restarts}
-        if self.peak_rate:
+        if self.flops_per_sample:
             rate = values["speed/samples_per_second"] * self.flops_per_sample / distributed.world_size()
             values["speed/mfu"] = rate / self.peak_rate
         if result.gradient_norms is not None:

@@ -46,7 +46,7 @@ from acn_scale.evaluation import evaluate_run
 from acn_scale.models import build_model
 from acn_scale.pretrain import train
 from acn_scale.results import read_measurements
-from acn_scale.runs import run_folder, write_json
+from acn_scale.runs import read_metrics, run_folder, write_json
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs/glue/paper.toml"
@@ -444,6 +444,10 @@ def test_what_is_evaluated_is_what_is_asked_for(one_rank: Ranks, encoder: Path, 
     cfg = fine_tuning(tmp_path, encoder, shards, "mrpc", 'checkpoint={every="5step", keep=3}', "eval.batch_size=7")
     one_rank(train_only, cfg)
     run, held = run_folder(cfg), tmp_path / "held"
+    last = [line for line in read_metrics(run) if "train/lr" in line][-1]
+    stream = build_stream(cfg)
+    tokens = sum(int(next(stream)["mask"].sum()) for _ in range(9)) / (9 * 16)  # of a sample, without padding
+    assert last["speed/tokens_per_second"] / last["speed/samples_per_second"] == pytest.approx(tokens)
     shutil.copytree(shards / "mrpc/eval", held)
     for data, task, samples in ((shards / "mrpc/train", "mrpc_train", 150), (held, "mrpc_held", 53)):
         one_rank(evaluated, run, str(data))

@@ -16,7 +16,7 @@ from test_pretrain import run
 
 from acn_scale import pretrain
 from acn_scale.config import Config
-from acn_scale.depth import batch_of, step_flops
+from acn_scale.depth import as_trained, batch_of, step_flops
 from acn_scale.engine import build_engine, train_step
 from acn_scale.hardware import DEVICES, peak_rate
 from acn_scale.memory import memory, parameters
@@ -48,6 +48,20 @@ def test_flops_of_a_vit() -> None:
     patches, head = 2 * 64 * (3 * 4 * 4) * dim, 2 * dim * 10
     assert step_flops(cfg.model, 0.0) == pytest.approx(3 * (3 * block + head) + 2 * patches, rel=1e-4)
     assert step_flops(cfg.model.model_copy(update={"recompute": True}), 0.0) == step_flops(cfg.model, 0.0)
+
+
+def test_a_step_is_of_sequences_as_long_as_those_of_the_data() -> None:
+    """And not as long as the model could take: a BERT for 512 tokens sees at most 128 of GLUE's by default."""
+    cfg = config(BERT | {"depth": 3, "dim": 64})
+    short = as_trained(cfg, {"tokens": 16})
+    assert short.model == cfg.model.model_copy(update={"max_tokens": 16})
+    assert step_flops(short.model, 0.15) < step_flops(cfg.model, 0.15) / 4
+    assert as_trained(cfg, {}) == cfg
+    values = cfg.model_dump(mode="json") | {"data": {"kind": "sentences", "train": "x", "eval": "x", "tokenizer": "x"}}
+    values["model"] |= {"num_classes": 2}
+    for given, tokens in ((None, 64), (32, 32)):
+        sentences = Config.model_validate(values | {"data": values["data"] | {"max_tokens": given}})
+        assert as_trained(sentences, {}).model.max_tokens == tokens
 
 
 CASES = {
@@ -175,7 +189,24 @@ def test_the_page(vit: Callable[..., Config]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "rate"), [("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("TPU", None)]
+    ("name", "rate"),
+    [
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("TPU", None),
+    ],
 )
 def test_peak_rates(monkeypatch: pytest.MonkeyPatch, name: str, rate: float | None) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
