@@ -12,13 +12,15 @@ from statistics import fmean
 import forked
 import pytest
 import torch
-from made import png
+from made import png, write_folder
 from matplotlib.figure import Figure
+from networks import bert, mixer, network
 from test_launch import sweep
 
 from acn_scale import distributed
 from acn_scale.cli import load_config
 from acn_scale.config import Config
+from acn_scale.convert.export import write_export
 from acn_scale.data import build_evaluation
 from acn_scale.depth import cutoff
 from acn_scale.durations import Horizon
@@ -259,6 +261,60 @@ def test_every_trial_is_a_run(tmp_path: Path, name: str, scale: str) -> None:
     configs = [config_of(trial, here) for trial in trials.values() if not (trial.after and scale == "paper")]
     assert len({str(run_folder(cfg)) for cfg in configs}) == len(configs)
     assert {trial.after for trial in trials.values()} <= trials.keys() | {None}
+
+
+def started(name: str, here: Setting) -> dict[str, Config]:
+    """The trials of a study at the paper's scale that start from others' runs, of which there are small ones, and of
+    the shards only what tells their classes. The shards' folder is relative."""
+    for data, classes in {"glue/sst2": 2, "cifar10": 10}.items():
+        info = {"classes": [str(number) for number in range(classes)]}
+        write_folder(Path("data") / data / "train", [[{"txt": ""}]], info)
+    found = {}
+    for trial in STUDIES[name].trials(here):
+        if trial.after:
+            source = here.folder / trial.after / "seed=0"
+            source.mkdir(parents=True)
+            write_export(network(mixer()) if name == "transfer" else network(bert(), b"pieces"), source, "fp32")
+            found[trial.name] = config_of(trial, here)
+    return found
+
+
+@pytest.mark.parametrize("name", ["pruning", "transfer"])
+def test_a_trial_takes_the_model_that_it_starts_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for cfg in started(name, setting(tmp_path, 0, scale="paper")).values():
+        expected = mixer() if name == "transfer" else bert()
+        classes = {"pruning": 2, "transfer": 10}[name]
+        assert cfg.model == expected.model_copy(update={"num_classes": classes, "dropout": 0.0})
+
+
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+def test_movement_comes_to_each_sparsity_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: str) -> None:
+    """Trained with it for as long as with the others: at the paper's scale, an epoch of SST-2."""
+    monkeypatch.chdir(tmp_path)
+    here = setting(tmp_path, 0, scale=scale)
+    if scale == "paper":
+        configs = started("pruning", here)
+    else:
+        configs = {trial.name: config_of(trial, here) for trial in STUDIES["pruning"].trials(here)}
+    for twin in ("acn", "residual"):
+        cfg = configs[f"{twin}-movement"]
+        horizon = Horizon.of(cfg.train.length, 67_349, cfg.train.global_batch_size)
+        every = horizon.count(cfg.prune.every)
+        evaluated = [step for step in range(1, horizon.steps + 1) if step % horizon.count(cfg.eval.every) == 0]
+        assert evaluated[-1] == horizon.steps
+        # An evaluation after so many updates; before the last of them so many prunings were due.
+        assert [(step - 1) // every for step in evaluated] == [*range(pruning.TIMES + 1)]
+        assert scale == "laptop" or every == horizon.count("1ep")
+
+
+def test_movement_at_other_sparsities(tmp_path: Path) -> None:
+    line = {"step": 1, "eval/accuracy": 0.5, "prune/sparsity": 0.4}
+    runs = written(setting(tmp_path, 0), "acn-movement", [line | {"prune/sparsity": share / 10} for share in range(8)])
+    with pytest.raises(UserError, match=r"acn-movement/seed=0/metrics.jsonl: evaluated at 8 sparsities, must be 7$"):
+        pruning.by_movement(runs)
 
 
 def test_longer_is_longer(tmp_path: Path) -> None:
