@@ -29,7 +29,7 @@ from acn_scale.errors import UserError
 from acn_scale.runs import read_metrics, run_folder
 from acn_scale.studies import STUDIES, depth, early_exit, low_data, pruning, runner, training_cost, transfer
 from acn_scale.studies.runner import reproduce
-from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, per_cent
+from acn_scale.studies.study import CONFIGS, TOLERANCE, Findings, Runs, Setting, Study, Trial, per_cent, step_seconds
 
 SMALL = ["train.length=6step", "model.depth=2", "model.dim=16", "model.num_heads=2", "eval.every=3step"]
 
@@ -492,6 +492,19 @@ def timed(here: Setting, digits: Path, name: str, *runs: list[dict[str, float]])
     for cfg in found.configs:
         (run_folder(cfg) / "environment.json").write_text('{"steps": 40}')
     return found
+
+
+def test_seconds_are_those_of_undisturbed_steps(tmp_path: Path, digits: Path) -> None:
+    """Of as many blocks: one that is cut is faster from then on, and not before."""
+    speeds = [(32.0, 12), (64.0, 12), (16.0, 12), (64.0, 4), (128.0, 4)]
+    lines = [line for place, (speed, blocks) in enumerate(speeds)
+             for line in run(speed, *[0.5] * (place + 1), blocks=blocks)[-2:]]  # fmt: skip
+    cut = timed(setting(tmp_path, 0), digits, "vit-cut", lines)
+    (cfg,) = cut.configs
+    assert step_seconds(cfg) == {12: 1.0, 4: 0.5}
+    assert [(each.steps, each.seconds) for each in training_cost.readings(cfg)] == [
+        (10, 10.0), (20, 20.0), (30, 30.0), (40, 35.0), (50, 40.0),
+    ]  # fmt: skip
 
 
 def test_a_way_takes_as_long_as_its_slowest_seed(tmp_path: Path, digits: Path) -> None:

@@ -21,6 +21,7 @@ from acn_scale.studies.study import (
     compared,
     per_cent,
     spread,
+    step_seconds,
 )
 
 # The formula of each, with its source, is in models/connectivity.py; of stochastic depth in models/layers.py.
@@ -52,11 +53,8 @@ def trials(setting: Setting) -> list[Trial]:
 
 
 def step_milliseconds(runs: Runs) -> float:
-    """In the fastest stretch between two lines of metrics.jsonl, of all seeds: what else the machine does makes steps
-    slower, and never faster.
-    """
-    size = runs.configs[0].train.global_batch_size
-    return 1000 * size / max(max(speeds) for speeds in runs.series("speed/samples_per_second"))
+    """Of the fastest seed."""
+    return 1000 * min(step_seconds(cfg)[cfg.model.depth] for cfg in runs.configs)
 
 
 def step_mebibytes(cfg: Config) -> float:

@@ -1,5 +1,6 @@
 """What a study is: runs that differ in one thing, and what is read off them."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,6 +126,19 @@ def paired(*runs: Runs) -> list[Runs]:
     if not seeds:
         raise UserError(f"{', '.join(each.configs[0].run.name for each in runs)}: no seed is finished in all of them")
     return [Runs([cfg for cfg in each.configs if cfg.run.seed in seeds]) for each in runs]
+
+
+def step_seconds(cfg: Config) -> dict[int, float]:
+    """Of an optimizer step of a run, by the number of blocks that were trained: in its fastest stretch between two
+    lines of metrics.jsonl, since what else the machine does makes steps slower, and never faster.
+    """
+    found: dict[int, float] = {}
+    blocks = cfg.model.depth
+    for line in reversed(read_metrics(run_folder(cfg))):
+        blocks = line.get("depth/blocks", blocks)  # an evaluation comes after the steps, and before blocks are cut off
+        if speed := line.get("speed/samples_per_second"):
+            found[blocks] = min(cfg.train.global_batch_size / speed, found.get(blocks, math.inf))
+    return found
 
 
 def compared(acn: Runs, twin: Runs, the: str = "The") -> str:

@@ -24,6 +24,7 @@ from acn_scale.studies.study import (
     difference,
     paired,
     per_cent,
+    step_seconds,
 )
 
 TWIN = "residual"
@@ -96,19 +97,21 @@ class Reading:
 
 def readings(cfg: Config) -> list[Reading]:
     """Of metrics.jsonl, from when the network is what it is to be (train.anneal). Seconds are of training alone, of one
-    process."""
+    process, each step as fast as the run was with as many blocks at its fastest: windows of equal work differ by a
+    quarter on a machine with other runs."""
     found, seconds, before = [], 0.0, 0
     steps = read_json(run_folder(cfg) / "environment.json")["steps"]
     samples = ShardIndex.load(cfg.data.train, cfg.data.remote).num_samples
     annealed = Horizon(samples, cfg.train.global_batch_size, steps).count(cfg.train.anneal)
+    fastest = step_seconds(cfg)
     for line in read_metrics(run_folder(cfg)):
-        step = line["step"]
-        if "speed/samples_per_second" in line:
-            seconds += (step - before) * cfg.train.global_batch_size / line["speed/samples_per_second"]
+        if "eval/accuracy" in line:
+            step, blocks = line["step"], line["depth/blocks"]
+            seconds += (step - before) * fastest[blocks]
             before = step
-        if "eval/accuracy" in line and step >= annealed:
-            depth = min(math.floor(DEPTH * cfg.model.depth), line["depth/blocks"])
-            found.append(Reading(step, seconds, line["eval/accuracy"], line[f"eval/depth_{depth:02d}/accuracy"]))
+            if step >= annealed:
+                depth = min(math.floor(DEPTH * cfg.model.depth), blocks)
+                found.append(Reading(step, seconds, line["eval/accuracy"], line[f"eval/depth_{depth:02d}/accuracy"]))
     return found
 
 
@@ -212,7 +215,8 @@ def differences(setting: Setting) -> list[str]:
     said = [
         f"To reach is to be within {TOLERANCE} points of the twin's last accuracy for the first time, lasting or not "
         "(time to accuracy). Steps and wall-clock are shares of "
-        "the twin's whole run, means of the seeds that reached it; wall-clock is of training alone, beside other runs.",
+        "the twin's whole run, means of the seeds that reached it; wall-clock is of training alone, each step as "
+        "fast as its run's fastest stretch with as many blocks: other runs beside it slow the rest.",
         "All have the twin's hyper-parameters; a BERT tries five of the ways. The paper's ACNs took 1.4 to 2.3 times "
         "the epochs of their twins.",
     ]
