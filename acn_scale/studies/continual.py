@@ -129,7 +129,9 @@ def _figure(kept: Mapping[str, list[Retention]]) -> Figure:
                 points = {int(name.split("-")[2]): [100 * value(one) for one in each]
                           for name, each in kept.items() if name.startswith(f"{twin}-{method}-")}  # fmt: skip
                 means = [fmean(values) for values in points.values()]
-                spans = [(fmean(values) - min(values), max(values) - fmean(values)) for values in points.values()]
+                # Of equal values the mean can be an ulp off.
+                spans = [[max(0.0, span) for span in (mean - min(values), max(values) - mean)]
+                         for mean, values in zip(means, points.values(), strict=True)]  # fmt: skip
                 style = "o-" if twin == "acn" else "s--"
                 axes.errorbar(
                     [*points],
