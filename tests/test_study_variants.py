@@ -20,6 +20,7 @@ from acn_scale.depth import cutoff
 from acn_scale.downstream.noise_table import PUBLISHED
 from acn_scale.engine import Step
 from acn_scale.errors import UserError
+from acn_scale.models.connectivity import patterns
 from acn_scale.results import Measurement, read_measurements, write_measurements
 from acn_scale.runs import read_config, read_json, read_metrics, run_folder, write_json
 from acn_scale.studies import STUDIES, connectivity, gradients, noise, runner
@@ -82,13 +83,26 @@ def test_what_the_connectivity_study_says(runs: dict[str, Runs], tmp_path: Path)
     assert connectivity.step_mebibytes(dense) > connectivity.step_mebibytes(plain)
 
 
-def test_the_cutoff_of_a_network_that_learned_nothing_is_none(tmp_path: Path) -> None:
+def test_the_cutoff_of_a_network_that_learned_little_says_little(tmp_path: Path) -> None:
+    """Little beside the best, of what is above chance, a tenth."""
     here = test_studies.setting(tmp_path, 0)
     curves = {"feedforward": [0.1, 0.1, 0.1, 0.1], "acn": [0.1, 0.7, 0.9, 0.9], "residual": [0.1, 0.2, 0.5, 0.92]}
+    curves |= {"highway": [0.1, 0.2, 0.4, 0.49], "rezero": [0.1, 0.2, 0.4, 0.52]}
     said = connectivity.sentences({name: written(here, name, read_out(curve)) for name, curve in curves.items()})
     assert "below its twin's on 1 of 1 seeds; its accuracy at full depth is 2.0 points lower" in said[0]
     assert said[1] == "residual is the most accurate; of the 2 within 3 points of it, acn has the lowest cut-off."
-    assert said[2:] == ["feedforward has hardly learned: its curve is flat, and its cut-off says nothing."]
+    assert said[2:] == [
+        f"{name} is not half as far above chance as residual: its cut-off says little."
+        for name in ("feedforward", "highway")
+    ]
+
+
+def test_dense_is_said_to_have_no_skips_inside(tmp_path: Path) -> None:
+    """As the published one has, where it has none."""
+    (trial,) = [each for each in STUDIES["connectivity"].trials(setting(tmp_path)) if each.name == "dense"]
+    model = trial.config_of(0, setting(tmp_path), []).model
+    said = connectivity.differences(setting(tmp_path))[0]
+    assert ("where here it has none inside" in said) == (patterns("dense", model.inner) == ("dense", "feedforward"))
 
 
 def test_what_the_gradient_study_says(runs: dict[str, Runs], tmp_path: Path) -> None:
