@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import test_studies
+import torch
 from ranks import Ranks
 from test_pretrain import run
 from test_studies import read_out, written
@@ -20,6 +21,7 @@ from acn_scale.depth import cutoff
 from acn_scale.downstream.noise_table import PUBLISHED
 from acn_scale.engine import Step
 from acn_scale.errors import UserError
+from acn_scale.gradients import backward_paths
 from acn_scale.models.connectivity import patterns
 from acn_scale.results import Measurement, read_measurements, write_measurements
 from acn_scale.runs import read_config, read_json, read_metrics, run_folder, write_json
@@ -124,6 +126,7 @@ def test_what_the_gradient_study_says(runs: dict[str, Runs], tmp_path: Path) -> 
             assert list(map(float, table[f"{name} gradient norm, {row} tenth"])) == pytest.approx(norms, rel=0.06)
     assert table["acn paths back to the block"] == ["3", "2", "1"]
     assert table["residual paths back to the block"] == ["4", "2", "1"]
+    assert "after clipping; these are of whole blocks of a small ViT, and before clipping." in found.sentences[-1]
     first = [gradients.direct_shares(runs[name])[20][0, 0] for name in runs]
     assert first[0] != first[1]
 
@@ -178,6 +181,11 @@ def test_closed_forms_against_autograd(depth: int, monkeypatch: pytest.MonkeyPat
         return float(gradients.line_sentence(depth).partition("gradients to ")[2].split()[0])
 
     assert worst() < 1e-12
+    for pattern in gradients.PATTERNS:
+        entering = [2**block if pattern == "residual" else 1 for block in range(depth)]
+        paths = [count * into for count, into in zip(backward_paths(pattern, depth), entering, strict=True)]
+        assert gradients.line_gradients(pattern, torch.ones(depth)).tolist() == paths
+    assert "times that of the paths that enter the block." in gradients.line_sentence(depth)
     right = gradients.line_gradients
     monkeypatch.setattr(gradients, "line_gradients", lambda pattern, weights: right("acn", weights))
     assert worst() > 1e-3

@@ -159,14 +159,17 @@ def line_sentence(depth: int) -> str:
         worst = max(worst, (torch.stack(found) - line_gradients(pattern, weights)).abs().max().item())
     return (
         f"The 1-D linear network of {depth} blocks: the paper's closed forms equal autograd's gradients to {worst:.0e} "
-        "in all four; with all weights 1 a gradient is a number of paths, as above: one of them direct in the ACN and "
-        "in the residual network."
+        "in all four; with all weights 1 a gradient is the number of paths above, one of them direct in the ACN and in "
+        "the residual network, times that of the paths that enter the block."
     )
 
 
 def differences(setting: Setting) -> list[str]:
-    said = "The published norms are of an AC-ViT-B/16 on ImageNet over 900 epochs, and of its MLPs' matrices alone"
-    return [said + ("; these are of whole blocks of a small ViT." if setting.scale == "laptop" else ".")]
+    blocks = "whole blocks" + (" of a small ViT" if setting.scale == "laptop" else "")
+    return [
+        "The published norms are of an AC-ViT-B/16 on ImageNet over 900 epochs, of its MLPs' matrices alone, and after "
+        f"clipping; these are of {blocks}, and before clipping."
+    ]
 
 
 def picture(runs: Mapping[str, Runs]) -> Figure:
