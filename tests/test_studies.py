@@ -1,6 +1,7 @@
 """Studies: what a report says is what the run folders hold; what is finished is not run again; what fails is named."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -26,7 +27,7 @@ from acn_scale.convert.export import write_export
 from acn_scale.data import build_evaluation
 from acn_scale.depth import cutoff
 from acn_scale.durations import Horizon
-from acn_scale.early_exit import Readings
+from acn_scale.early_exit import Point, Readings
 from acn_scale.errors import RunFailed, UserError
 from acn_scale.runs import read_metrics, run_folder
 from acn_scale.studies import STUDIES, depth, early_exit, low_data, pruning, runner, training_cost, transfer
@@ -564,6 +565,23 @@ def test_a_way_takes_as_long_as_its_slowest_seed(tmp_path: Path, digits: Path) -
     assert found.sentences[0].startswith("On two tasks no way reached") and "acn: none of" in found.sentences[1]
 
 
+def test_a_way_without_a_seed_of_its_twin_is_left_out(tmp_path: Path, digits: Path) -> None:
+    here, runs = setting(tmp_path, 0, 1), {}
+    for task in ("vit", "mixer"):
+        for way in ("residual", "acn", "clip_before_unscale", training_cost.CLIPPED_TWIN):
+            runs[f"{task}-{way}"] = timed(here, digits, f"{task}-{way}", *2 * [run(64.0, 0.1, 0.9)])
+    for name, seed in {"vit-residual": 0, "vit-acn": 1, "vit-clip_before_unscale": 0}.items():
+        runs[name] = Runs([runs[name].configs[seed]])
+    runs[f"mixer-{training_cost.CLIPPED_TWIN}"] = Runs(runs["mixer-acn"].configs[:1])
+    runs["mixer-clip_before_unscale"] = Runs(runs["mixer-clip_before_unscale"].configs[1:])
+    found = training_cost.findings(runs, here)
+    assert ["vit", "acn"] not in [row[:2] for row in found.table]
+    assert "vit-acn is left out: none of its seeds is finished of its twin too." in found.sentences
+    assert any(line.startswith("acn: mixer of mixer.") for line in found.sentences)
+    assert any(line.startswith("vit, both") for line in found.sentences)
+    assert not any(line.startswith("mixer, both") for line in found.sentences)
+
+
 def test_what_is_said_of_training_cost(tmp_path: Path, digits: Path) -> None:
     """By what was read out at two thirds of the depth, and the seconds of training before it."""
     here = setting(tmp_path, 0, 1)
@@ -618,6 +636,30 @@ def test_ways_to_read_out() -> None:
         (1.0, (0 + 0 + 1 + 2) / 4, (10 + 10 + 21 + 32) / 4),
         (1.0, (0 + 0 + 1 + 2) / 4, (10 + 10 + 21 + 32) / 4),
     ]
+
+
+def test_what_is_said_of_early_exit() -> None:
+    """By seed: FLOPs that the ACN takes less, and accuracy that it has more."""
+
+    def at(accuracy: float, flops: float) -> Point:
+        return Point(math.nan, accuracy, 3.0, flops)
+
+    less, same, more = (at(0.9, 10), at(0.8, 20)), (at(0.9, 10), at(0.8, 10)), (at(0.7, 30), at(0.8, 20))
+    pairs = [less, less, same, more]
+    said = "the ACN takes fewer FLOPs than its twin on 2 of 4 seeds; its accuracy is 5.0 points higher."
+    assert early_exit._compared(pairs) == said
+    said = "the ACN takes fewer FLOPs than its twin on 1 of 4 seeds; its accuracy is 5.0 points lower."
+    assert early_exit._compared([(twin, acn) for acn, twin in pairs]) == said
+    assert early_exit._compared([]) == "no seed is finished of the ACN and its twin."
+
+
+def test_what_is_said_of_pruning() -> None:
+    """At the sparsities above 0 of the means, and at the highest by seed."""
+    acn = [[0.1, *[0.9] * 4, 0.5, 0.8], [0.1, *[0.9] * 4, 0.5, 0.4]]
+    twin = [[0.9, *[0.8] * 4, 0.6, 0.5], [0.9, *[0.8] * 4, 0.6, 0.4]]
+    said = "x: the ACN's mean accuracy is above its twin's at {} of 6 sparsities; at 95% zeros by {} points, above it "
+    assert pruning._compared("x", acn, twin) == said.format(5, "+15.0") + "on 1 of 2 seeds."
+    assert pruning._compared("x", twin, acn) == said.format(1, "-15.0") + "on 0 of 2 seeds."
 
 
 TINY = ["model.depth=3", "model.dim=16", "model.token_dim=8", "model.channel_dim=16", "train.length=14step"]

@@ -120,9 +120,14 @@ class Runs:
         return found
 
 
+def common_seeds(*runs: Runs) -> set[int]:
+    """Those that are finished in all of them."""
+    return set.intersection(*(set(each.seeds) for each in runs))
+
+
 def paired(*runs: Runs) -> list[Runs]:
-    """Of the seeds that are finished in all of them. Raises UserError where there is none."""
-    seeds = set.intersection(*(set(each.seeds) for each in runs))
+    """Of their common seeds. Raises UserError where there is none."""
+    seeds = common_seeds(*runs)
     if not seeds:
         raise UserError(f"{', '.join(each.configs[0].run.name for each in runs)}: no seed is finished in all of them")
     return [Runs([cfg for cfg in each.configs if cfg.run.seed in seeds]) for each in runs]

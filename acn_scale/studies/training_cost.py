@@ -21,6 +21,7 @@ from acn_scale.studies.study import (
     Setting,
     Study,
     Trial,
+    common_seeds,
     difference,
     paired,
     per_cent,
@@ -131,9 +132,12 @@ def gap(run: Sequence[Reading], twin: Reading) -> float:
 def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
     said = ["accuracy (%)", "at two thirds of the depth (%)", "seeds that reached the twin", "steps", "wall-clock"]
     table, closed, gaps = [["task", "way", *said]], {}, {}
+    twin_of = {name: runs[f"{name.partition('-')[0]}-{TWIN}"] for name in runs}
+    alone = [name for name, each in runs.items() if not common_seeds(each, twin_of[name])]
+    runs = {name: each for name, each in runs.items() if name not in alone}
     for name, each in runs.items():
         task, _, way = name.partition("-")
-        mine, twins = ([readings(cfg) for cfg in part.configs] for part in paired(each, runs[f"{task}-{TWIN}"]))
+        mine, twins = ([readings(cfg) for cfg in part.configs] for part in paired(each, twin_of[name]))
         ends = [run[-1] for run in mine]
         row = [task, way, per_cent([end.full for end in ends]), per_cent([end.cut for end in ends])]
         pairs = [(reached(run, twin[-1].full), twin[-1]) for run, twin in zip(mine, twins, strict=True)]
@@ -142,7 +146,9 @@ def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
         closed[task, way] = max(clock) if len(there) == len(pairs) else math.inf
         gaps[task, way] = fmean(gap(run, twin[-1]) for run, twin in zip(mine, twins, strict=True))
         table.append([*row, f"{len(there)} of {len(pairs)}", _mean(steps), _mean(clock)])
-    return Findings(table, picture(runs), [*sentences(closed, gaps), *clipped(runs), *differences(setting)])
+    left_out = [f"{name} is left out: none of its seeds is finished of its twin too." for name in alone]
+    found = [*sentences(closed, gaps), *clipped(runs), *left_out, *differences(setting)]
+    return Findings(table, picture(runs), found)
 
 
 def _mean(shares: Sequence[float]) -> str:
@@ -196,7 +202,7 @@ def clipped(runs: Mapping[str, Runs]) -> list[str]:
     said = []
     for task in TASKS:
         names = f"{task}-clip_before_unscale", f"{task}-{CLIPPED_TWIN}"
-        if all(name in runs for name in names):
+        if all(name in runs for name in names) and common_seeds(*(runs[name] for name in names)):
             acn, twin = (
                 [readings(cfg)[-1] for cfg in each.configs] for each in paired(*(runs[name] for name in names))
             )
