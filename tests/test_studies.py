@@ -223,11 +223,41 @@ def test_classes_come_out_even(tmp_path: Path, classes: int, expected: tuple[int
         assert (cfg.continual.tasks, left // cfg.continual.tasks) == expected
 
 
-def test_too_few_classes_for_tasks(tmp_path: Path) -> None:
-    photos(tmp_path / "photos", "train", 10)
+@pytest.mark.parametrize(
+    ("name", "classes", "least", "why"),
+    [
+        ("continual", 3, 4, "for two tasks of two each"),
+        ("transfer", 3, 4, "for two halves of two each"),
+        ("transfer", 1, 4, "for two halves of two each"),
+        ("depth-mixer", 3, 10, "for the first 2, 5, 10"),
+        ("depth-vit", 1, 2, "to tell apart"),
+    ],
+)
+def test_too_few_classes(tmp_path: Path, name: str, classes: int, least: int, why: str) -> None:
+    """Are told by --data, before anything is made of them."""
+    for split, colour in (("train", 10), ("val", 50)):
+        photos(tmp_path / "photos", split, colour, classes)
     here = setting(tmp_path, 0).model_copy(update={"data": f"folder:{tmp_path}/photos"})
-    with pytest.raises(UserError, match="2 classes: must be 4 or more, for two tasks of two each"):
-        STUDIES["continual"].trials(here)
+    message = f"--data folder:{tmp_path}/photos: {classes} classes: must be {least} or more, {why}"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        reproduce(name, STUDIES[name], here, workers=1)
+    assert not here.folder.parent.exists()
+
+
+def test_a_folder_of_other_images(tmp_path: Path) -> None:
+    """Is told by --data and --out, before anything is made of the images."""
+    here = setting(tmp_path, 0)
+    (cfg, _) = runner.first_runs("twins", study(), here)
+    run_folder(cfg).mkdir(parents=True)
+    (run_folder(cfg) / "config.json").write_text(cfg.model_dump_json())
+    assert len(runner.first_runs("twins", study(), here)) == 2
+    for split, colour in (("train", 10), ("val", 50)):
+        photos(tmp_path / "photos", split, colour, 4)
+    other = here.model_copy(update={"data": f"folder:{tmp_path}/photos"})
+    message = f"--data {other.data}: {here.folder} has runs on other images, {cfg.data.train}; name another --out"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        reproduce("twins", study(), other, workers=1)
+    assert [path.name for path in (here.folder.parent / "data").iterdir()] == ["digits"]
 
 
 def test_a_sweep_trains_what_the_study_would(tmp_path: Path) -> None:
@@ -265,12 +295,12 @@ def test_a_study_ends_where_a_twin_is_lost(tmp_path: Path, name: str) -> None:
     )
 
 
-def photos(folder: Path, split: str, colour: int) -> None:
-    """Two classes of photos that are not square, under names that do not tell of the split."""
-    for label, name in enumerate(("ant", "bee")):
+def photos(folder: Path, split: str, colour: int, classes: int = 2) -> None:
+    """Photos that are not square, under names that do not tell of the split."""
+    for label, name in enumerate(("ant", "bee", "cat", "dog")[:classes]):
         (folder / split / name).mkdir(parents=True)
         for number in range(4):
-            content = png(30 + number, 22, colour + 100 * label + number)
+            content = png(30 + number, 22, colour + 50 * label + number)
             (folder / split / name / f"{number}.png").write_bytes(content)
 
 

@@ -31,9 +31,9 @@ from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import RunFailed, UserError
 from acn_scale.files import write_together
 from acn_scale.pretrain import train
-from acn_scale.runs import check_run_folder, run_folder
+from acn_scale.runs import check_run_folder, read_json, run_folder
 from acn_scale.stopping import end_with_parent
-from acn_scale.studies.study import Findings, Runs, Setting, Study, Trial
+from acn_scale.studies.study import Findings, Runs, Setting, Study, Trial, check_classes
 from acn_scale.tables import aligned, markdown
 
 TEXT = "pydoc"  # the source of it at laptop scale
@@ -77,7 +77,9 @@ def _trials(name: str, study: Study, setting: Setting) -> Sequence[Trial]:
     """Raises UserError for data that the study cannot take."""
     trials = study.trials(setting)
     if any(trial.data == "images" for trial in trials):
+        check_classes(setting.data, 2, "to tell apart")
         _check_splits(setting.data)
+        _check_same_images(setting, [trial for trial in trials if trial.data == "images"])
     elif setting.data != "digits":
         what = "the shards that its configs name" if setting.scale == "paper" else TEXT
         raise UserError(f"--data {setting.data}: {name} at {setting.scale} scale is of {what}; leave --data out")
@@ -123,8 +125,17 @@ def _data(trial: Trial, setting: Setting) -> list[str]:
     """Overrides that name the trial's shards, which are made where they are not there yet."""
     if trial.data is None:
         return []
-    root = setting.folder.parent / "data"
+    root = _root(setting)
     return _text(root / TEXT) if trial.data == "text" else _images(root, trial, setting.data)
+
+
+def _root(setting: Setting) -> Path:
+    """Of all data that studies make."""
+    return setting.folder.parent / "data"
+
+
+def _images_of(root: Path, source: str) -> Path:
+    return root / re.sub(r"\W+", "_", source)
 
 
 def _text(folder: Path) -> list[str]:
@@ -138,7 +149,7 @@ def _text(folder: Path) -> list[str]:
 
 def _images(root: Path, trial: Trial, source: str) -> list[str]:
     part = "-".join(f"{key}={value}" for key, value in trial.selection.items()) or "all"
-    folder = root / re.sub(r"\W+", "_", source) / part
+    folder = _images_of(root, source) / part
     resize = None if source == "digits" else SMALL
     for split in ("train", "eval"):
         # All of the evaluation set, whatever is left out of the training set.
@@ -163,6 +174,18 @@ def _check_splits(source: str) -> None:
             f"--data {source}: its images for training and evaluation are the same; must be digits, cifar:FOLDER, "
             f"hf:NAME, or folder:FOLDER with folders of classes in train/ and in one of {'/, '.join(EVAL_NAMES)}/"
         )
+
+
+def _check_same_images(setting: Setting, trials: Sequence[Trial]) -> None:
+    """Raises UserError where the study's folder has runs on images of another source."""
+    images = _images_of(_root(setting), setting.data).resolve()
+    for trial in trials:
+        for path in (setting.folder / trial.name).glob("seed=*/config.json"):
+            shards = read_json(path)["data"]["train"]
+            if not Path(shards).resolve().is_relative_to(images):
+                raise UserError(
+                    f"--data {setting.data}: {setting.folder} has runs on other images, {shards}; name another --out"
+                )
 
 
 def _run(name: str, study: Study, configs: Sequence[Config], workers: int) -> dict[str, str]:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from acn_scale.cli import load_config
 from acn_scale.config import Config, Section
+from acn_scale.data.image_sources import open_images
 from acn_scale.data.shards import ShardIndex
 from acn_scale.depth import cutoff
 from acn_scale.downstream.source import completed
@@ -118,6 +119,14 @@ class Runs:
             lines = read_metrics(run_folder(cfg))
             found.append([(line["step"] / steps, line[metric]) for line in lines if metric in line])
         return found
+
+
+def check_classes(data: str, least: int, why: str) -> int:
+    """How many classes the images have. Raises UserError for fewer than `least`."""
+    classes = len(open_images(data, "train").classes)
+    if classes < least:
+        raise UserError(f"--data {data}: {classes} classes: must be {least} or more, {why}")
+    return classes
 
 
 def common_seeds(*runs: Runs) -> set[int]:
