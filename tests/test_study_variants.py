@@ -221,12 +221,16 @@ def curves_of(folder: Path) -> dict[str, list[float]]:
 
 
 def test_noise_is_read_at_full_depth_and_at_the_cutoff(vit: Callable[..., Config], tmp_path: Path) -> None:
-    cfg = vit(data={"eval": "birds/eval"})
-    run_folder(cfg).mkdir(parents=True)
-    for task, curve in {"birds": [0.1, 0.598, 0.6], **{f"birds+{each}": [0.1, 0.5, 0.4] for each in PAPER}}.items():
-        lines = [Measurement(task=task, metric="accuracy", value=v, depth=depth) for depth, v in enumerate(curve)]
-        write_measurements(run_folder(cfg), task, lines)
-    assert noise.by_depth(cfg) == [[0.6, *[0.4] * 6], [0.598, *[0.5] * 6]]
+    configs = {name: vit(run={"name": name}, data={"eval": "birds/eval"}) for name in ("acn", "residual")}
+    for cfg in configs.values():
+        run_folder(cfg).mkdir(parents=True)
+        for task, curve in {"birds": [0.1, 0.598, 0.6], **{f"birds+{each}": [0.1, 0.5, 0.4] for each in PAPER}}.items():
+            lines = [Measurement(task=task, metric="accuracy", value=v, depth=depth) for depth, v in enumerate(curve)]
+            write_measurements(run_folder(cfg), task, lines)
+        assert noise.by_depth(cfg) == [[0.6, *[0.4] * 6], [0.598, *[0.5] * 6]]
+    # Of what training measured, which need not have come to the same cut-off, nothing is taken.
+    found = noise.findings({name: Runs([cfg]) for name, cfg in configs.items()}, setting(tmp_path))
+    assert [row[1] for row in found.table[1:5]] == ["2", "cut-off, 1.0 of 2"] * 2
 
 
 def test_what_noise_takes() -> None:
