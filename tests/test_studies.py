@@ -125,7 +125,7 @@ def test_a_run_whose_process_is_killed_is_tried_again(tmp_path: Path) -> None:
     here = setting(tmp_path, 0, 1)
     reproduce("twins", replace(study(), measure=note_unless_killed), here, workers=2)
     said = json.loads((here.folder / "report/twins.json").read_text())["sentences"]
-    assert said[1:] == ["failed: residual/seed=0: its process was killed, twice: was memory short?"]
+    assert said[1:] == ["failed: residual/seed=0: its process died, twice: was memory short?"]
     noted = sorted(str(path.parent.relative_to(here.folder)) for path in here.folder.glob("*/*/noted"))
     assert noted == ["acn/seed=0", "acn/seed=1", "residual/seed=1"]
 

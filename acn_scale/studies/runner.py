@@ -193,6 +193,8 @@ def _run(name: str, study: Study, configs: Sequence[Config], workers: int) -> di
 
     Raises RunFailed where a signal stopped one: no other is begun then, and those under way come to their end.
     """
+    if not configs:
+        return {}
     # One thread each; started anew, since a process that has trained may hold locks that a fork would copy.
     os.environ["OMP_NUM_THREADS"] = "1"
     pools = {number: _worker(number) for number in range(min(workers, len(configs)))}
@@ -216,7 +218,7 @@ def _run(name: str, study: Study, configs: Sequence[Config], workers: int) -> di
                             killed.add(cfg.run.name)
                             left.append(cfg)
                             continue
-                        error = RunFailed("its process was killed, twice: was memory short?")
+                        error = RunFailed("its process died, twice: was memory short?")
                     if error is not None:
                         failures[cfg.run.name] = str(error).splitlines()[0] if str(error) else repr(error)
                     elif not future.result():
