@@ -74,7 +74,7 @@ def _config(subject: Subject, plan: Movement, out: Path) -> Config:
     path = subject.folder / "config.json"
     overrides = [*layout, *plan.overrides, *(f"{key}={_toml(value)}" for key, value in mine.items())]
     cfg = load_config(path, overrides)
-    samples = ShardIndex.load(cfg.data.train, cfg.data.remote).num_samples
+    samples = ShardIndex.load(cfg.data.train, cfg.data.remote).num_samples // cfg.continual.tasks
     steps = (times + 1) * max(1, Horizon(samples, cfg.train.global_batch_size).count(plan.every))
     cfg = load_config(path, [*overrides, f"train.length={steps}step"])
     check_run_folder(cfg)

@@ -248,6 +248,7 @@ class Trainer:
         if depth != self.depth:
             self.build(depth, fresh=path is None)
         if path is None:
+            self.window.restart()  # building the network is no part of its first steps
             return 0
         state = checkpoint.load(self.engine, self.stream, path)
         if self.average:

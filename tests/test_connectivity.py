@@ -183,7 +183,7 @@ def test_usual_partners() -> None:
 
 @pytest.mark.parametrize("name", CONNECTIVITY)
 def test_a_config_knows_what_joins_what(name: str) -> None:
-    """As the models do: neither imports the other."""
+    """As the models do."""
     assert get_args(Pattern) == tuple(CONNECTIVITY)
     shape = {"name": "vit", "depth": 1, "dim": 4, "num_heads": 1, "image_size": 4, "patch_size": 2, "num_classes": 2}
     for inner in ("auto", "through", "residual")[: 2 if name in ("value_residual", "h_acn") else 3]:

@@ -1,12 +1,15 @@
 """Tasks one after another: what is seen when, what holds weights back, and that stopping changes nothing."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from made import image_folder, png
 from networks import mixer, same
 from pydantic import ValidationError
 from test_models import randomize
@@ -15,7 +18,7 @@ from test_studies import setting, written
 from torch import Tensor, nn
 
 from acn_scale.config import Config
-from acn_scale.continual import ElasticWeights, SynapticIntelligence, fisher, read_retention
+from acn_scale.continual import ElasticWeights, Retention, SynapticIntelligence, fisher, read_retention
 from acn_scale.convert import read_model
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.sequence import Turns, deal_classes
@@ -279,6 +282,21 @@ def test_mistakes(one_rank: Callable, vit: Callable[..., Config]) -> None:
         with pytest.raises(ValidationError, match=message):
             vit(**TASKS | {section: keys})
     assert "train.length = 4step: 4 steps for 5 tasks" in one_rank(refused, vit(train={"length": "4step"}, **TASKS))[0]
+
+
+def test_a_task_without_samples(one_rank: Callable, vit: Callable[..., Config], tmp_path: Path) -> None:
+    """To evaluate, or to train on."""
+    one = image_folder(tmp_path / "one", [[(png(), "1")] * 4])
+    for split in ("train", "eval"):
+        said = one_rank(refused, vit(run={"name": split}, data={split: str(one)}, **TASKS))[0]
+        assert re.fullmatch(rf"continual.tasks = 5: {one} has no samples of task \d", said)
+
+
+def test_seeds_that_are_equal_have_a_picture() -> None:
+    """Their mean, rounded, can be another number than they are."""
+    accuracy = 45 / 397
+    assert fmean([100 * accuracy] * 3) != 100 * accuracy
+    study._figure({"acn-naive-5": [Retention([accuracy], [accuracy])] * 3})
 
 
 def test_what_the_study_says(tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,7 +25,8 @@ from acn_scale import pretrain
 from acn_scale.cli import load_config
 from acn_scale.config import Config
 from acn_scale.errors import RunFailed, UserError
-from acn_scale.runs import check_run_folder, run_folder
+from acn_scale.models import build_model
+from acn_scale.runs import check_run_folder, read_metrics, run_folder
 
 SCRIPT = Path(pretrain.__file__)
 
@@ -56,6 +60,18 @@ def dying(step: int) -> Iterator[None]:
         pass
     finally:
         pretrain.train_step = whole_step
+
+
+SLOW = 3.0  # seconds
+
+
+def run_slowly_built(cfg: Config) -> None:
+    def slow_build(*args: Any, **keywords: Any) -> Any:
+        time.sleep(SLOW)
+        return build_model(*args, **keywords)
+
+    with patch.object(pretrain, "build_model", slow_build):
+        run(cfg)
 
 
 def refused(cfg: Config) -> str:
@@ -218,6 +234,13 @@ def test_a_bad_sample_ends_the_run_on_all_ranks(tmp_path: Path, digits: Path) ->
     for text in (first, second):
         assert "Traceback" not in text
     assert "error: " not in second
+
+
+def test_the_first_steps_do_not_take_the_time_to_build(one_rank: Callable, vit: Callable[..., Config]) -> None:
+    cfg = vit()
+    one_rank(run_slowly_built, cfg)
+    first = read_metrics(run_folder(cfg))[0]
+    assert first["speed/samples_per_second"] > first["step"] * 16 / SLOW
 
 
 def command_line(tmp_path: Path, train: Path, evaluation: Path, *overrides: str) -> list[str]:

@@ -33,6 +33,7 @@ from acn_scale.models import build_model
 from acn_scale.movement import Movement
 from acn_scale.optim import build_optimizer, learning_rate
 from acn_scale.pruning import prunable, prune_by_magnitude, prune_by_movement, sparsity
+from acn_scale.report.subject import open_subjects
 from acn_scale.runs import read_json, read_metrics, run_folder, write_json
 from acn_scale.sparsity import prune_networks
 
@@ -237,6 +238,15 @@ def test_by_movement(one_rank: Callable, twins: list[Path], tmp_path: Path) -> N
         assert same(start, read_model(folder).cut(2))
         assert same(end, exported)
         assert (net["depth"], net["full_depth"]) == (exported.card.model.depth, exported.card.full_depth) == (2, 3)
+
+
+def test_an_epoch_of_tasks_is_of_one_of_them(one_rank: Callable, vit: Callable[..., Config], tmp_path: Path) -> None:
+    """As everywhere in a run that learns tasks one after another."""
+    cfg = vit(continual={"tasks": 5})
+    one_rank(run, cfg)
+    (subject,) = open_subjects([run_folder(cfg)], None)
+    found = movement._config(subject, Movement(0.5, 0.5, "1ep", []), tmp_path / "out")
+    assert found.train.length == f"{2 * Horizon(1400 // 5, 16).count('1ep')}step"
 
 
 def test_a_masked_language_model(tmp_path: Path) -> None:

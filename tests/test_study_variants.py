@@ -2,21 +2,29 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
-import numpy as np
 import pytest
 import test_studies
+import torch
 from ranks import Ranks
+from test_pretrain import run
 from test_studies import read_out, written
 
+from acn_scale import checkpoint, pretrain
 from acn_scale.config import Config
 from acn_scale.data.image_noise import PAPER
 from acn_scale.depth import cutoff
 from acn_scale.downstream.noise_table import PUBLISHED
+from acn_scale.engine import Step
 from acn_scale.errors import UserError
+from acn_scale.gradients import backward_paths
+from acn_scale.models.connectivity import patterns
 from acn_scale.results import Measurement, read_measurements, write_measurements
-from acn_scale.runs import read_config, read_json, read_metrics, run_folder
+from acn_scale.runs import read_config, read_json, read_metrics, run_folder, write_json
 from acn_scale.studies import STUDIES, connectivity, gradients, noise, runner
 from acn_scale.studies.study import TOLERANCE, Findings, Runs, Setting
 
@@ -77,13 +85,26 @@ def test_what_the_connectivity_study_says(runs: dict[str, Runs], tmp_path: Path)
     assert connectivity.step_mebibytes(dense) > connectivity.step_mebibytes(plain)
 
 
-def test_the_cutoff_of_a_network_that_learned_nothing_is_none(tmp_path: Path) -> None:
+def test_the_cutoff_of_a_network_that_learned_little_says_little(tmp_path: Path) -> None:
+    """Little beside the best, of what is above chance, a tenth."""
     here = test_studies.setting(tmp_path, 0)
     curves = {"feedforward": [0.1, 0.1, 0.1, 0.1], "acn": [0.1, 0.7, 0.9, 0.9], "residual": [0.1, 0.2, 0.5, 0.92]}
+    curves |= {"highway": [0.1, 0.2, 0.4, 0.49], "rezero": [0.1, 0.2, 0.4, 0.52]}
     said = connectivity.sentences({name: written(here, name, read_out(curve)) for name, curve in curves.items()})
     assert "below its twin's on 1 of 1 seeds; its accuracy at full depth is 2.0 points lower" in said[0]
     assert said[1] == "residual is the most accurate; of the 2 within 3 points of it, acn has the lowest cut-off."
-    assert said[2:] == ["feedforward has hardly learned: its curve is flat, and its cut-off says nothing."]
+    assert said[2:] == [
+        f"{name} is not half as far above chance as residual: its cut-off says little."
+        for name in ("feedforward", "highway")
+    ]
+
+
+def test_dense_is_said_to_have_no_skips_inside(tmp_path: Path) -> None:
+    """As the published one has, where it has none."""
+    (trial,) = [each for each in STUDIES["connectivity"].trials(setting(tmp_path)) if each.name == "dense"]
+    model = trial.config_of(0, setting(tmp_path), []).model
+    said = connectivity.differences(setting(tmp_path))[0]
+    assert ("where here it has none inside" in said) == (patterns("dense", model.inner) == ("dense", "feedforward"))
 
 
 def test_what_the_gradient_study_says(runs: dict[str, Runs], tmp_path: Path) -> None:
@@ -94,7 +115,7 @@ def test_what_the_gradient_study_says(runs: dict[str, Runs], tmp_path: Path) -> 
     for name in runs:
         splits = read_json(tmp_path / name / gradients.SPLITS)
         assert [each["step"] for each in splits] == [20, 40]
-        for row, each in (("a quarter through", splits[0]), ("at the end", splits[-1])):
+        for row, each in (("after 50% of the run", splits[0]), ("after 100% of the run", splits[-1])):
             parts = [each["parts"][f"block_{block:02d}"] for block in (1, 2, 3)]
             shares = [part["direct"] / part["full"] for part in parts]
             assert list(map(float, table[f"{name} direct / all, {row}"])) == pytest.approx(shares, rel=0.06)
@@ -105,9 +126,53 @@ def test_what_the_gradient_study_says(runs: dict[str, Runs], tmp_path: Path) -> 
             assert list(map(float, table[f"{name} gradient norm, {row} tenth"])) == pytest.approx(norms, rel=0.06)
     assert table["acn paths back to the block"] == ["3", "2", "1"]
     assert table["residual paths back to the block"] == ["4", "2", "1"]
-    assert np.mean(gradients.direct_shares(runs["acn"])[0, :, :1]) != np.mean(
-        gradients.direct_shares(runs["residual"])[0, :, :1]
-    )
+    assert "after clipping; these are of whole blocks of a small ViT, and before clipping." in found.sentences[-1]
+    first = [gradients.direct_shares(runs[name])[20][0, 0] for name in runs]
+    assert first[0] != first[1]
+
+
+def run_stopped(cfg: Config, step: int) -> None:
+    """As if a signal had asked for it in this step."""
+    whole_step = pretrain.train_step
+
+    def stopping_step(engine: Any, *args: Any, **keywords: Any) -> Step:
+        result = whole_step(engine, *args, **keywords)
+        return replace(result, stop=engine.global_steps == step)
+
+    with patch.object(pretrain, "train_step", stopping_step):
+        run(cfg)
+
+
+def test_checkpoints_of_stops_are_not_measured(one_rank: Ranks, vit: Callable[..., Config], tmp_path: Path) -> None:
+    """What is kept and measured is after each quarter, wherever a run was stopped."""
+    study = STUDIES["gradients"].trials(setting(tmp_path))[0]
+    keys = dict(each.removeprefix("checkpoint.").split("=") for each in study.overrides if "checkpoint." in each)
+    cfg = vit(train={"length": "21step"}, checkpoint=keys)
+    for step in (3, 7, 18):
+        one_rank(run_stopped, cfg, step)
+        assert checkpoint.complete(run_folder(cfg))[-1].name == f"step_{step:08d}"
+    one_rank(run, cfg)
+    gradients.measure(cfg)
+    assert [each["step"] for each in read_json(run_folder(cfg) / gradients.SPLITS)] == [5, 10, 15, 21]
+
+
+def test_steps_that_a_seed_lacks_are_left_out(tmp_path: Path) -> None:
+    """A bad step has no gradient norms, and where a save failed nothing was measured."""
+    here = test_studies.setting(tmp_path, 0, 1)
+
+    def line(step: int) -> dict[str, float]:
+        return {"step": step} | {f"grad_norm/block_{block:02d}": 100.0 * step + block for block in range(1, 13)}
+
+    bad, half_bad = {"step": 2}, line(4) | {"grad_norm/block_01": 1.0}
+    del half_bad["grad_norm/block_07"]
+    runs = written(here, "acn", [line(1), bad, line(3), line(4)], [line(1), line(2), line(3), half_bad])
+    found = gradients.norms(runs)
+    assert found.shape == (12, 2) and found[4].tolist() == [105.0, 305.0]
+    for cfg, steps in zip(runs.configs, ((1, 3, 4), (1, 2, 4)), strict=True):
+        splits = [{"step": step, "parts": {"block_01": {"direct": step, "full": 4}}} for step in steps]
+        write_json(run_folder(cfg) / gradients.SPLITS, splits)
+    shares = {step: part.tolist() for step, part in gradients.direct_shares(runs).items()}
+    assert shares == {1: [[0.25], [0.25]], 4: [[1.0], [1.0]]}
 
 
 @pytest.mark.parametrize("depth", [2, 12])
@@ -116,6 +181,11 @@ def test_closed_forms_against_autograd(depth: int, monkeypatch: pytest.MonkeyPat
         return float(gradients.line_sentence(depth).partition("gradients to ")[2].split()[0])
 
     assert worst() < 1e-12
+    for pattern in gradients.PATTERNS:
+        entering = [2**block if pattern == "residual" else 1 for block in range(depth)]
+        paths = [count * into for count, into in zip(backward_paths(pattern, depth), entering, strict=True)]
+        assert gradients.line_gradients(pattern, torch.ones(depth)).tolist() == paths
+    assert "times that of the paths that enter the block." in gradients.line_sentence(depth)
     right = gradients.line_gradients
     monkeypatch.setattr(gradients, "line_gradients", lambda pattern, weights: right("acn", weights))
     assert worst() > 1e-3
@@ -151,12 +221,16 @@ def curves_of(folder: Path) -> dict[str, list[float]]:
 
 
 def test_noise_is_read_at_full_depth_and_at_the_cutoff(vit: Callable[..., Config], tmp_path: Path) -> None:
-    cfg = vit(data={"eval": "birds/eval"})
-    run_folder(cfg).mkdir(parents=True)
-    for task, curve in {"birds": [0.1, 0.598, 0.6], **{f"birds+{each}": [0.1, 0.5, 0.4] for each in PAPER}}.items():
-        lines = [Measurement(task=task, metric="accuracy", value=v, depth=depth) for depth, v in enumerate(curve)]
-        write_measurements(run_folder(cfg), task, lines)
-    assert noise.by_depth(cfg) == [[0.6, *[0.4] * 6], [0.598, *[0.5] * 6]]
+    configs = {name: vit(run={"name": name}, data={"eval": "birds/eval"}) for name in ("acn", "residual")}
+    for cfg in configs.values():
+        run_folder(cfg).mkdir(parents=True)
+        for task, curve in {"birds": [0.1, 0.598, 0.6], **{f"birds+{each}": [0.1, 0.5, 0.4] for each in PAPER}}.items():
+            lines = [Measurement(task=task, metric="accuracy", value=v, depth=depth) for depth, v in enumerate(curve)]
+            write_measurements(run_folder(cfg), task, lines)
+        assert noise.by_depth(cfg) == [[0.6, *[0.4] * 6], [0.598, *[0.5] * 6]]
+    # Of what training measured, which need not have come to the same cut-off, nothing is taken.
+    found = noise.findings({name: Runs([cfg]) for name, cfg in configs.items()}, setting(tmp_path))
+    assert [row[1] for row in found.table[1:5]] == ["2", "cut-off, 1.0 of 2"] * 2
 
 
 def test_what_noise_takes() -> None:

@@ -1,5 +1,6 @@
 """The training stream and the evaluation pass that a config asks for."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,25 +91,32 @@ def _task_order(cfg: Config, index: ShardIndex, decoder: Decoder, horizon: Horiz
         raise UserError(f"train.length = {cfg.train.length}: {horizon.steps} steps for {continual.tasks} tasks")
     sizes = index.samples_per_shard
     labels = Samples(index, decoder, cfg.data, seed=seed, order=DiskOrder(sizes)).labels(range(index.num_samples))
-    task_of = deal_classes(cfg.model.num_classes, continual.tasks, seed)
-    tasks = samples_of_tasks(labels, task_of)
-    for task, samples in enumerate(tasks):
-        if not len(samples):
-            raise UserError(f"continual.tasks = {continual.tasks}: {index.folder} has no samples of task {task}")
+    task_of, tasks = _tasks(cfg, labels, index.folder)
     turns = Turns(horizon.steps, continual.tasks)
     firsts = [turns.start(task) * cfg.train.global_batch_size for task in range(continual.tasks)]
     kept = keep(labels, task_of, continual.memory, seed) if continual.method == "replay" else ()
     return TaskOrder(sizes, tasks, firsts=firsts, seed=seed, kept=kept)
 
 
+def _tasks(cfg: Config, labels: np.ndarray, folder: str | Path) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The task of each class, and the samples of each task. Raises UserError for one without any."""
+    task_of = deal_classes(cfg.model.num_classes, cfg.continual.tasks, cfg.run.seed)
+    tasks = samples_of_tasks(labels, task_of)
+    for task, samples in enumerate(tasks):
+        if not len(samples):
+            raise UserError(f"continual.tasks = {cfg.continual.tasks}: {folder} has no samples of task {task}")
+    return task_of, tasks
+
+
 def evaluations_of_tasks(
     cfg: Config, data: DataConfig, *, batch_size: int, rank: int = 0, world_size: int = 1, share: Share = alone
 ) -> list[Evaluation]:
-    """An evaluation pass over the samples of each task among the shards data.eval."""
+    """An evaluation pass over the samples of each task among the shards data.eval. Raises UserError for a task without
+    any.
+    """
     keys = {"batch_size": batch_size, "rank": rank, "world_size": world_size, "share": share}
     samples = evaluation_of(data, cfg.model, **keys).samples
-    task_of = deal_classes(cfg.model.num_classes, cfg.continual.tasks, cfg.run.seed)
-    tasks = samples_of_tasks(samples.labels(range(samples.num_samples)), task_of)
+    _, tasks = _tasks(cfg, samples.labels(range(samples.num_samples)), data.eval)
     return [evaluation_of(data, cfg.model, chosen=chosen, **keys) for chosen in tasks]
 
 

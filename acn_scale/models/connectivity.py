@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from acn_scale.config import OF_SUBLAYERS
+
 State = tuple[Tensor, ...]
 Block = Callable[..., Tensor]
 
@@ -279,8 +281,6 @@ CONNECTIVITY: dict[str, type[Connectivity]] = {
     "denseformer": DenseFormer,
     "hyper": HyperConnections,
 }
-# Variants of the residual network, which has a skip round each sublayer: they join the sublayers of all blocks.
-OF_SUBLAYERS = ("h_acn", "layer_scale", "rezero", "layernorm_scaling", "value_residual", "hyper")
 
 
 def patterns(connectivity: str, inner: str) -> tuple[str, str]:

@@ -6,11 +6,21 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 from acn_scale.continual import Retention, read_retention
-from acn_scale.data.image_sources import open_images
-from acn_scale.errors import UserError
 from acn_scale.runs import run_folder
 from acn_scale.studies.pictures import label
-from acn_scale.studies.study import CONFIGS, TWINS, Findings, Runs, Setting, Study, Trial, difference, paired, per_cent
+from acn_scale.studies.study import (
+    CONFIGS,
+    TWINS,
+    Findings,
+    Runs,
+    Setting,
+    Study,
+    Trial,
+    check_classes,
+    difference,
+    paired,
+    per_cent,
+)
 
 DEPTHS = (5, 10, 15)
 # The paper's methods at all depths; references at the last one, with the first settings that were tried.
@@ -31,10 +41,8 @@ def trials(setting: Setting) -> list[Trial]:
     """Both twins under each method."""
     paper, shape, selection = setting.scale == "paper", [], {}
     if not paper:
-        classes = len(open_images(setting.data, "train").classes)
+        classes = check_classes(setting.data, 4, "for two tasks of two each")
         tasks, size = tasks_of(classes)
-        if tasks < 2:
-            raise UserError(f"--data {setting.data}: {classes} classes: must be 4 or more, for two tasks of two each")
         shape = [f"continual.tasks={tasks}", f"train.length={PASSES * tasks}ep"]
         selection = {"per_class": IMAGES // classes}
         if tasks * size < classes:
@@ -58,7 +66,7 @@ def tasks_of(classes: int) -> tuple[int, int]:
     they do not come out even, the last classes are left out.
     """
     tasks = max(classes // 5, min(5, classes // 2))
-    return tasks, classes // max(1, tasks)
+    return tasks, classes // tasks
 
 
 def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
@@ -129,7 +137,9 @@ def _figure(kept: Mapping[str, list[Retention]]) -> Figure:
                 points = {int(name.split("-")[2]): [100 * value(one) for one in each]
                           for name, each in kept.items() if name.startswith(f"{twin}-{method}-")}  # fmt: skip
                 means = [fmean(values) for values in points.values()]
-                spans = [(fmean(values) - min(values), max(values) - fmean(values)) for values in points.values()]
+                # Of equal values the mean can be an ulp off.
+                spans = [[max(0.0, span) for span in (mean - min(values), max(values) - mean)]
+                         for mean, values in zip(means, points.values(), strict=True)]  # fmt: skip
                 style = "o-" if twin == "acn" else "s--"
                 axes.errorbar(
                     [*points],

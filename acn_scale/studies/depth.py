@@ -15,6 +15,7 @@ from acn_scale.studies.study import (
     Setting,
     Study,
     Trial,
+    check_classes,
     compared,
     per_cent,
     spread,
@@ -58,6 +59,8 @@ def twins(name: str, setting: Setting) -> list[Trial]:
 
 def by_classes(setting: Setting) -> list[Trial]:
     """The twins on the first 2, 5 and 10 classes."""
+    if setting.scale == "laptop":
+        check_classes(setting.data, max(CLASSES), f"for the first {', '.join(map(str, CLASSES))}")
     found = []
     for trial in twins("depth-mixer", setting):
         for classes in CLASSES:

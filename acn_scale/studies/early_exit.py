@@ -120,7 +120,9 @@ def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
 
 
 def _compared(pairs: list[tuple[Point, Point]]) -> str:
-    """Of (ACN, twin), a pair for each seed."""
+    """Of (ACN, twin), a pair for each seed that is finished of both."""
+    if not pairs:
+        return "no seed is finished of the ACN and its twin."
     less = sum(acn.flops < twin.flops for acn, twin in pairs)
     gap = 100 * fmean(acn.accuracy - twin.accuracy for acn, twin in pairs)
     return (

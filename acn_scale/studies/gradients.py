@@ -1,6 +1,6 @@
 """Where the gradient goes: its norm by block over training, its direct part, and the 1-D linear network."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -15,8 +15,9 @@ from acn_scale.checkpoint import complete, read_state
 from acn_scale.config import Config
 from acn_scale.convert.sources import read_model
 from acn_scale.data import build_evaluation
+from acn_scale.durations import Horizon
 from acn_scale.gradients import Line, backward_paths, line_gradients, split_gradients
-from acn_scale.runs import read_json, run_folder, write_json
+from acn_scale.runs import read_json, read_metrics, run_folder, write_json
 from acn_scale.studies.study import (
     CONFIGS,
     TOLERANCE,
@@ -31,6 +32,8 @@ from acn_scale.studies.study import (
     spread,
 )
 
+PARTS = 4  # of a run; after each the direct part is measured
+PART = f"{1 / PARTS}run"
 PATTERNS = ("feedforward", "residual", "acn", "acn_detached")
 SPLITS = "gradients.json"  # in a run's folder
 # What the ACN authors published beside arXiv 2506.09714 of an AC-ViT on ImageNet: of each of 12 blocks the mean of the
@@ -42,9 +45,9 @@ PUBLISHED = {
 
 
 def trials(setting: Setting) -> list[Trial]:
-    """Four checkpoints of each run, for the direct part of the gradient."""
+    """Four checkpoints of each run are kept for good, for the direct part of the gradient."""
     config, data = ("studies/vit.toml", "images") if setting.scale == "laptop" else ("vit/residual_vit_b16.toml", None)
-    keep = ["checkpoint.every=0.25run", "checkpoint.keep=4"]
+    keep = [f"checkpoint.{key}={PART}" for key in ("every", "keep_every")]
     return [
         Trial(name, CONFIGS / config, [f"model.connectivity={name}", *keep], data, needed=name in TWINS)
         for name in PATTERNS
@@ -52,27 +55,46 @@ def trials(setting: Setting) -> list[Trial]:
 
 
 def measure(cfg: Config) -> None:
-    """At each checkpoint of the run, the parts of the gradient of its first evaluation batch's loss, by block."""
+    """After each of the PARTS of the run, the parts of the gradient of its first evaluation batch's loss, by block.
+
+    Other checkpoints, such as one of a stop, are passed over.
+    """
     device, folder = distributed.local_device(), run_folder(cfg)
     batch, _ = next(iter(build_evaluation(cfg)))
     batch = {name: values.to(device) for name, values in batch.items()}
+    steps = read_json(folder / "environment.json")["steps"]
+    part = max(1, Horizon(0, 1, steps).count(PART))
+    marks = {*range(part, steps, part)[: PARTS - 1], steps}
     found = []
     for path in complete(folder):
-        model = read_model(path).model.requires_grad_(True).to(device)
-        parts = {name: asdict(split) for name, split in split_gradients(model, batch).items()}
-        found.append({"step": read_state(path)["step"], "parts": parts})
+        if (step := read_state(path)["step"]) in marks:
+            model = read_model(path).model.requires_grad_(True).to(device)
+            parts = {name: asdict(split) for name, split in split_gradients(model, batch).items()}
+            found.append({"step": step, "parts": parts})
     write_json(folder / SPLITS, found)
 
 
+ByStep = dict[int, np.ndarray]  # (seeds, blocks) at each step
+
+
+def _of_all(seeds: Sequence[Mapping[int, Sequence[float]]]) -> ByStep:
+    """At the steps that no seed lacks: a bad step has no gradient norms, and a failed save leaves no checkpoint."""
+    steps = sorted(set.intersection(*map(set, seeds)))
+    return {step: np.array([seed[step] for seed in seeds]) for step in steps}
+
+
 def norms(runs: Runs) -> np.ndarray:
-    """(blocks, lines of metrics.jsonl): gradient norms, means over the seeds."""
-    blocks = runs.configs[0].model.depth
-    return np.stack([np.mean(runs.series(f"grad_norm/block_{block:02d}"), axis=0) for block in range(1, blocks + 1)])
+    """(blocks, logged steps): gradient norms, means over the seeds."""
+    names = [f"grad_norm/block_{block:02d}" for block in range(1, runs.configs[0].model.depth + 1)]
+    lines = [[line for line in read_metrics(run_folder(cfg)) if line.keys() >= {*names}] for cfg in runs.configs]
+    found = _of_all([{line["step"]: [line[name] for name in names] for line in each} for each in lines])
+    return np.stack([values.mean(axis=0) for values in found.values()], axis=1)
 
 
-def direct_shares(runs: Runs) -> np.ndarray:
-    """(seeds, checkpoints, blocks): norm of the direct part of the gradient by that of all of it."""
-    return np.array([[_shares(each["parts"]) for each in read_json(run_folder(cfg) / SPLITS)] for cfg in runs.configs])
+def direct_shares(runs: Runs) -> ByStep:
+    """Norm of the direct part of the gradient by that of all of it."""
+    splits = [read_json(run_folder(cfg) / SPLITS) for cfg in runs.configs]
+    return _of_all([{each["step"]: _shares(each["parts"]) for each in seed} for seed in splits])
 
 
 def _shares(parts: Mapping[str, Mapping[str, float]]) -> list[float]:
@@ -85,12 +107,13 @@ def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
     depth = runs["acn"].configs[0].model.depth
     table = [["network", "", *(f"block {block}" for block in range(1, depth + 1))]]
     for name, each in runs.items():
-        found, shares = norms(each), direct_shares(each).mean(axis=0)
+        found, shares = norms(each), direct_shares(each)
         tenth = max(1, found.shape[1] // 10)
         table.append([name, "gradient norm, first tenth", *_cells(found[:, :tenth].mean(axis=1))])
         table.append([name, "gradient norm, last tenth", *_cells(found[:, -tenth:].mean(axis=1))])
-        table.append([name, "direct / all, a quarter through", *_cells(shares[0])])
-        table.append([name, "direct / all, at the end", *_cells(shares[-1])])
+        for step in (min(shares), max(shares)):
+            said = f"direct / all, after {step / max(shares):.0%} of the run"
+            table.append([name, said, *_cells(shares[step].mean(axis=0))])
         table.append([name, "paths back to the block", *map(str, backward_paths(name, depth))])
     if depth == len(PUBLISHED["last"]):
         for epoch, values in PUBLISHED.items():
@@ -112,7 +135,7 @@ def sentences(runs: Mapping[str, Runs]) -> list[str]:
     ]
     half = runs["acn"].configs[0].model.depth // 2
     twins = paired(runs["acn"], runs["residual"])
-    ours, other = (direct_shares(each)[:, :, :half].mean(axis=(1, 2)) for each in twins)
+    ours, other = (np.stack([*direct_shares(each).values()])[:, :, :half].mean(axis=(0, 2)) for each in twins)
     above = sum(one > two for one, two in zip(ours, other, strict=True))
     said.append(
         f"In the first half of the blocks, direct / all is {ours.mean():.2f} in the ACN and {other.mean():.2f} in its "
@@ -122,7 +145,7 @@ def sentences(runs: Mapping[str, Runs]) -> list[str]:
 
 
 def first_half(found: np.ndarray) -> float:
-    """found: (blocks, lines) -> the share of the first half of the blocks in all that there is over training."""
+    """found: (blocks, steps) -> the share of the first half of the blocks in all that there is over training."""
     return float(found[: len(found) // 2].sum() / found.sum())
 
 
@@ -136,14 +159,17 @@ def line_sentence(depth: int) -> str:
         worst = max(worst, (torch.stack(found) - line_gradients(pattern, weights)).abs().max().item())
     return (
         f"The 1-D linear network of {depth} blocks: the paper's closed forms equal autograd's gradients to {worst:.0e} "
-        "in all four; with all weights 1 a gradient is a number of paths, as above: one of them direct in the ACN and "
-        "in the residual network."
+        "in all four; with all weights 1 a gradient is the number of paths above, one of them direct in the ACN and in "
+        "the residual network, times that of the paths that enter the block."
     )
 
 
 def differences(setting: Setting) -> list[str]:
-    said = "The published norms are of an AC-ViT-B/16 on ImageNet over 900 epochs, and of its MLPs' matrices alone"
-    return [said + ("; these are of whole blocks of a small ViT." if setting.scale == "laptop" else ".")]
+    blocks = "whole blocks" + (" of a small ViT" if setting.scale == "laptop" else "")
+    return [
+        "The published norms are of an AC-ViT-B/16 on ImageNet over 900 epochs, of its MLPs' matrices alone, and after "
+        f"clipping; these are of {blocks}, and before clipping."
+    ]
 
 
 def picture(runs: Mapping[str, Runs]) -> Figure:
@@ -154,11 +180,12 @@ def picture(runs: Mapping[str, Runs]) -> Figure:
     highest = max(values.max() for values in found.values())
     for column, (name, values) in enumerate(found.items()):
         mesh = _heat_map(grid[0, column], name, values, LogNorm(1e-4 * highest, highest, clip=True))
-        shares = direct_shares(runs[name]).mean(axis=0)
-        for line, part in enumerate(shares, start=1):
-            label = f"{line / len(shares):.0%} of the run"
+        shares = {step: part.mean(axis=0) for step, part in direct_shares(runs[name]).items()}
+        for step, part in shares.items():
+            label = f"{step / max(shares):.0%} of the run"
             grid[1, column].plot(range(1, len(part) + 1), part, marker=".", label=label)
-        grid[1, column].set(xlabel="block", ylabel="|direct| / |all|", ylim=(0, max(1.5, 1.05 * shares.max())))
+        highest_share = max(part.max() for part in shares.values())
+        grid[1, column].set(xlabel="block", ylabel="|direct| / |all|", ylim=(0, max(1.5, 1.05 * highest_share)))
         grid[1, column].grid(alpha=0.3)
     figure.colorbar(mesh, ax=grid[0, :].tolist(), label="gradient norm")
     grid[1, 0].legend(fontsize="small")
@@ -166,7 +193,7 @@ def picture(runs: Mapping[str, Runs]) -> Figure:
 
 
 def _heat_map(axes: Axes, name: str, values: np.ndarray, scale: LogNorm) -> AxesImage:
-    """values: (blocks, lines of metrics.jsonl)."""
+    """values: (blocks, logged steps)."""
     mesh = axes.imshow(values, norm=scale, origin="lower", aspect="auto", extent=(0, 100, 0.5, len(values) + 0.5))
     axes.set(title=name, xlabel="% of the run", ylabel="block")
     return mesh

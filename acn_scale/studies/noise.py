@@ -25,9 +25,14 @@ def measure(cfg: Config) -> None:
     evaluate_images(subject, distributed.local_device(), noises=image_noises(["paper"]), tolerance=TOLERANCE)
 
 
+def evaluated(cfg: Config) -> dict[int, list[float]]:
+    """Accuracies (0..1) clean and under each noise, at the cut-off by this clean accuracy and at full depth."""
+    return accuracy_under_noise(run_folder(cfg), ImageSet(cfg.data.eval, None).name, TOLERANCE)
+
+
 def by_depth(cfg: Config) -> list[list[float]]:
-    """Accuracies (0..1) clean and under each noise: at full depth, and at the cut-off."""
-    found = accuracy_under_noise(run_folder(cfg), ImageSet(cfg.data.eval, None).name, TOLERANCE)
+    """The same, full depth first."""
+    found = evaluated(cfg)
     return [found[max(found)], found[min(found)]]
 
 
@@ -35,8 +40,9 @@ def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
     table = [["top-1 (%)", "blocks", *HEAD]]
     measured, alike = _by_depth(runs), dict(zip(runs, paired(*runs.values()), strict=True))
     for name, each in runs.items():
-        blocks = len(each.accuracy[0]) - 1
-        for place, depth in enumerate((str(blocks), f"cut-off, {fmean(each.cutoffs):.1f} of {blocks}")):
+        depths = [evaluated(cfg).keys() for cfg in each.configs]
+        blocks, cut = max(depths[0]), fmean(map(min, depths))
+        for place, depth in enumerate((str(blocks), f"cut-off, {cut:.1f} of {blocks}")):
             columns = zip(*(seed[place] for seed in measured[name]), strict=True)
             table.append([name, depth, *map(per_cent, columns)])
     table += [[name, "", *(f"{value:.2f}" for value in values)] for name, values in PUBLISHED.items()]

@@ -6,6 +6,7 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
+from acn_scale.errors import UserError
 from acn_scale.movement import movement_curve
 from acn_scale.report.subject import open_subjects
 from acn_scale.runs import run_folder
@@ -27,7 +28,8 @@ from acn_scale.studies.study import (
 
 SHARE, TIMES = 0.4, 6  # of what is left, after each epoch: Dorovatas et al. 2025, app. G, variant II of movement
 SPARSITIES = [1 - (1 - SHARE) ** times for times in range(TIMES + 1)]
-EVERY = 50  # steps in the place of an epoch, at laptop scale
+# Steps between two prunings: an epoch of SST-2's 67,349 sentences in batches of 64, and less at laptop scale.
+EVERY = {"laptop": 50, "paper": 1052}
 CUT, WHOLE, MOVEMENT = f"magnitude, cut within {TOLERANCE} points", "magnitude, all blocks", "movement, all blocks"
 PUBLISHED = {"acn": "above its twin, more so at high sparsity (no numbers)"}
 
@@ -36,19 +38,21 @@ def trials(setting: Setting) -> list[Trial]:
     """The twins, and runs that go on from them and prune by movement. The paper's are BERTs fine-tuned on SST-2."""
     found = []
     for name, prefix in TWINS.items():
-        every = "1ep" if setting.scale == "paper" else f"{EVERY}step"
-        prune = [f"prune.share={SHARE}", f"prune.every={every}", f"eval.every={every}"]
+        every = EVERY[setting.scale]
+        # In steps: seven epochs may be a step more than seven times what one is rounded to.
+        prune = [f"train.length={(TIMES + 1) * every}step", f"prune.share={SHARE}"]
+        prune += [f"{key}={every}step" for key in ("prune.every", "eval.every")]
         if setting.scale == "paper":
             found.append(Trial(f"{name}-pretrained", CONFIGS / f"bert/{prefix}_bert_base.toml"))
             sst2 = [f"data.{split}=data/glue/sst2/{split}" for split in ("train", "eval")]
             config = CONFIGS / "glue" / "paper.toml"
             found.append(Trial(name, config, sst2, after=f"{name}-pretrained"))
-            values = [*sst2, f"train.length={TIMES + 1}ep", "train.zero_stage=0", "train.precision=fp32", *prune]
+            values = [*sst2, "train.zero_stage=0", "train.precision=fp32", *prune]
             found.append(Trial(f"{name}-movement", config, values, after=name))
         else:
             config, connectivity = CONFIGS / "studies" / "mixer.toml", f"model.connectivity={name}"
             found.append(Trial(name, config, [connectivity], "images"))
-            values = [connectivity, f"train.length={(TIMES + 1) * EVERY}step", "optim.lr=5e-4", *prune]
+            values = [connectivity, "optim.lr=5e-4", *prune]
             found.append(Trial(f"{name}-movement", config, values, "images", after=name))
     return found
 
@@ -69,8 +73,14 @@ def by_magnitude(runs: Runs, *, cut: bool) -> Curves:
 
 
 def by_movement(runs: Runs) -> Curves:
-    """As the runs measured it: after training with that many zeros."""
-    return [[point["accuracy"] for point in movement_curve(run_folder(cfg))] for cfg in runs.configs]
+    """As the runs measured it: after training with that many zeros. Raises UserError for one with other sparsities."""
+    found = []
+    for folder in map(run_folder, runs.configs):
+        curve = [point["accuracy"] for point in movement_curve(folder)]
+        if len(curve) != len(SPARSITIES):
+            raise UserError(f"{folder}/metrics.jsonl: evaluated at {len(curve)} sparsities, must be {len(SPARSITIES)}")
+        found.append(curve)
+    return found
 
 
 def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:

@@ -5,11 +5,12 @@ import json
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from multiprocessing import get_context
-from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,12 @@ from acn_scale.data.shards import ShardIndex
 from acn_scale.data.sources import EVAL_NAMES
 from acn_scale.data.text_sources import TextSources
 from acn_scale.data.tokenizer import TOKENIZER_NAME
-from acn_scale.errors import UserError
+from acn_scale.errors import RunFailed, UserError
 from acn_scale.files import write_together
 from acn_scale.pretrain import train
-from acn_scale.runs import check_run_folder, run_folder
+from acn_scale.runs import check_run_folder, read_json, run_folder
 from acn_scale.stopping import end_with_parent
-from acn_scale.studies.study import Findings, Runs, Setting, Study, Trial
+from acn_scale.studies.study import Findings, Runs, Setting, Study, Trial, check_classes
 from acn_scale.tables import aligned, markdown
 
 TEXT = "pydoc"  # the source of it at laptop scale
@@ -44,7 +45,8 @@ def reproduce(name: str, study: Study, setting: Setting, workers: int) -> str:
     """Make the data, run what is missing, write report/<study>.md, .png and .json; return the report as text.
 
     A run that fails does not stop the others; the report names it. A trial of which no run was finished has no place in
-    the report, and ends the study where the findings need it. Raises UserError.
+    the report, and ends the study where the findings need it. Raises UserError, and RunFailed where a signal stopped
+    it.
     """
     trials = _trials(name, study, setting)
     done: dict[str, Runs] = {}
@@ -75,7 +77,9 @@ def _trials(name: str, study: Study, setting: Setting) -> Sequence[Trial]:
     """Raises UserError for data that the study cannot take."""
     trials = study.trials(setting)
     if any(trial.data == "images" for trial in trials):
+        check_classes(setting.data, 2, "to tell apart")
         _check_splits(setting.data)
+        _check_same_images(setting, [trial for trial in trials if trial.data == "images"])
     elif setting.data != "digits":
         what = "the shards that its configs name" if setting.scale == "paper" else TEXT
         raise UserError(f"--data {setting.data}: {name} at {setting.scale} scale is of {what}; leave --data out")
@@ -121,8 +125,17 @@ def _data(trial: Trial, setting: Setting) -> list[str]:
     """Overrides that name the trial's shards, which are made where they are not there yet."""
     if trial.data is None:
         return []
-    root = setting.folder.parent / "data"
+    root = _root(setting)
     return _text(root / TEXT) if trial.data == "text" else _images(root, trial, setting.data)
+
+
+def _root(setting: Setting) -> Path:
+    """Of all data that studies make."""
+    return setting.folder.parent / "data"
+
+
+def _images_of(root: Path, source: str) -> Path:
+    return root / re.sub(r"\W+", "_", source)
 
 
 def _text(folder: Path) -> list[str]:
@@ -136,7 +149,7 @@ def _text(folder: Path) -> list[str]:
 
 def _images(root: Path, trial: Trial, source: str) -> list[str]:
     part = "-".join(f"{key}={value}" for key, value in trial.selection.items()) or "all"
-    folder = root / re.sub(r"\W+", "_", source) / part
+    folder = _images_of(root, source) / part
     resize = None if source == "digits" else SMALL
     for split in ("train", "eval"):
         # All of the evaluation set, whatever is left out of the training set.
@@ -163,25 +176,76 @@ def _check_splits(source: str) -> None:
         )
 
 
+def _check_same_images(setting: Setting, trials: Sequence[Trial]) -> None:
+    """Raises UserError where the study's folder has runs on images of another source."""
+    images = _images_of(_root(setting), setting.data).resolve()
+    for trial in trials:
+        for path in (setting.folder / trial.name).glob("seed=*/config.json"):
+            shards = read_json(path)["data"]["train"]
+            if not Path(shards).resolve().is_relative_to(images):
+                raise UserError(
+                    f"--data {setting.data}: {setting.folder} has runs on other images, {shards}; name another --out"
+                )
+
+
 def _run(name: str, study: Study, configs: Sequence[Config], workers: int) -> dict[str, str]:
-    """Returns why those failed that did, by run."""
-    failures: dict[str, str] = {}
+    """Returns why those failed that did, by run. One whose process is killed is tried once more.
+
+    Raises RunFailed where a signal stopped one: no other is begun then, and those under way come to their end.
+    """
     if not configs:
-        return failures
-    bar = tqdm(total=len(configs), desc=name, unit="run", mininterval=0.5 if sys.stderr.isatty() else 20)
+        return {}
     # One thread each; started anew, since a process that has trained may hold locks that a fork would copy.
     os.environ["OMP_NUM_THREADS"] = "1"
-    context = get_context("spawn")
-    started = context.Value("i", 0)
-    with ProcessPoolExecutor(min(workers, len(configs)), context, _start_worker, (started,)) as pool:
-        waiting = {pool.submit(_train, cfg.model_dump(mode="json"), study.measure): cfg for cfg in configs}
-        for future in as_completed(waiting):
-            error = future.exception()
-            if error is not None:
-                failures[waiting[future].run.name] = str(error).splitlines()[0] if str(error) else repr(error)
-            bar.update()
-    bar.close()
+    pools = {number: _worker(number) for number in range(min(workers, len(configs)))}
+    idle, left, running = [*pools], deque(configs), {}
+    failures: dict[str, str] = {}
+    killed: set[str] = set()
+    stopped = False
+    with tqdm(total=len(configs), desc=name, unit="run", mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
+        try:
+            while running or (left and not stopped):
+                while idle and left and not stopped:
+                    number, cfg = idle.pop(), left.popleft()
+                    running[_submit(pools[number], cfg, study)] = number, cfg
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    number, cfg = running.pop(future)
+                    idle.append(number)
+                    error = future.exception()
+                    if isinstance(error, BrokenProcessPool):
+                        pools[number] = _worker(number)
+                        if cfg.run.name not in killed:
+                            killed.add(cfg.run.name)
+                            left.append(cfg)
+                            continue
+                        error = RunFailed("its process died, twice: was memory short?")
+                    if error is not None:
+                        failures[cfg.run.name] = str(error).splitlines()[0] if str(error) else repr(error)
+                    elif not future.result():
+                        stopped = True
+                    bar.update()
+        except KeyboardInterrupt:
+            stopped = True
+        finally:
+            for pool in pools.values():
+                pool.shutdown()
+    if stopped:
+        raise RunFailed(f"{name}: stopped, as a signal asked for; the same command goes on")
     return failures
+
+
+def _worker(number: int) -> ProcessPoolExecutor:
+    """A pool of one process: where that is killed, others' runs go on."""
+    return ProcessPoolExecutor(1, get_context("spawn"), _start_worker, (number,))
+
+
+def _submit(pool: ProcessPoolExecutor, cfg: Config, study: Study) -> Future[bool]:
+    try:
+        return pool.submit(_train, cfg.model_dump(mode="json"), study.measure)
+    except BrokenProcessPool as error:  # killed while it had nothing to do
+        future: Future[bool] = Future()
+        future.set_exception(error)
+        return future
 
 
 def usual_workers() -> int:
@@ -189,34 +253,33 @@ def usual_workers() -> int:
     return torch.cuda.device_count() or len(os.sched_getaffinity(0))
 
 
-def _take_gpu(started: Synchronized, gpus: int) -> None:
-    """Worker number 0, 1, ... takes the GPU of that number; `started` counts the workers."""
-    with started.get_lock():
-        number, started.value = started.value, started.value + 1
+def _take_gpu(number: int, gpus: int) -> None:
+    """Worker number 0, 1, ... takes the GPU of that number."""
     if gpus:
         os.environ["LOCAL_RANK"] = str(number % gpus)
 
 
-def _start_worker(started: Synchronized) -> None:
+def _start_worker(number: int) -> None:
     """The study has one bar of its own; each run's log is in its folder.
 
     All runs of a worker share one process group: DeepSpeed keeps hold of the first one it sees.
     """
     end_with_parent()
-    _take_gpu(started, torch.cuda.device_count())
+    _take_gpu(number, torch.cuda.device_count())
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     stack = ExitStack()
     stack.enter_context(distributed.process_group())
     Finalize(None, stack.close, exitpriority=1)  # a worker's end passes other ways of cleaning up by
 
 
-def _train(values: dict[str, Any], measure: Callable[[Config], None] | None) -> None:
-    """In a worker: one run, alone."""
+def _train(values: dict[str, Any], measure: Callable[[Config], None] | None) -> bool:
+    """In a worker: one run, alone; False where a signal stopped it."""
     cfg = Config.model_validate(values)
     if not trained(cfg) and not train(cfg, distributed.local_device()):
-        raise UserError("stopped by a signal")
+        return False
     if measure:
         measure(cfg)
+    return True
 
 
 def _write(name: str, study: Study, folder: Path, where: str, findings: Findings, failures: Mapping[str, str]) -> str:

@@ -1,5 +1,6 @@
 """What a study is: runs that differ in one thing, and what is read off them."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 
 from acn_scale.cli import load_config
 from acn_scale.config import Config, Section
+from acn_scale.data.image_sources import open_images
 from acn_scale.data.shards import ShardIndex
 from acn_scale.depth import cutoff
 from acn_scale.downstream.source import completed
@@ -119,12 +121,38 @@ class Runs:
         return found
 
 
+def check_classes(data: str, least: int, why: str) -> int:
+    """How many classes the images have. Raises UserError for fewer than `least`."""
+    classes = len(open_images(data, "train").classes)
+    if classes < least:
+        raise UserError(f"--data {data}: {classes} classes: must be {least} or more, {why}")
+    return classes
+
+
+def common_seeds(*runs: Runs) -> set[int]:
+    """Those that are finished in all of them."""
+    return set.intersection(*(set(each.seeds) for each in runs))
+
+
 def paired(*runs: Runs) -> list[Runs]:
-    """Of the seeds that are finished in all of them. Raises UserError where there is none."""
-    seeds = set.intersection(*(set(each.seeds) for each in runs))
+    """Of their common seeds. Raises UserError where there is none."""
+    seeds = common_seeds(*runs)
     if not seeds:
         raise UserError(f"{', '.join(each.configs[0].run.name for each in runs)}: no seed is finished in all of them")
     return [Runs([cfg for cfg in each.configs if cfg.run.seed in seeds]) for each in runs]
+
+
+def step_seconds(cfg: Config) -> dict[int, float]:
+    """Of an optimizer step of a run, by the number of blocks that were trained: in its fastest stretch between two
+    lines of metrics.jsonl, since what else the machine does makes steps slower, and never faster.
+    """
+    found: dict[int, float] = {}
+    blocks = cfg.model.depth
+    for line in reversed(read_metrics(run_folder(cfg))):
+        blocks = line.get("depth/blocks", blocks)  # an evaluation comes after the steps, and before blocks are cut off
+        if speed := line.get("speed/samples_per_second"):
+            found[blocks] = min(cfg.train.global_batch_size / speed, found.get(blocks, math.inf))
+    return found
 
 
 def compared(acn: Runs, twin: Runs, the: str = "The") -> str:

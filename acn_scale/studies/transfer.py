@@ -5,7 +5,6 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from acn_scale.data.image_sources import open_images
 from acn_scale.studies import depth
 from acn_scale.studies.study import (
     CONFIGS,
@@ -16,6 +15,7 @@ from acn_scale.studies.study import (
     Setting,
     Study,
     Trial,
+    check_classes,
     paired,
     per_cent,
     spread,
@@ -51,7 +51,7 @@ def trials(setting: Setting) -> list[Trial]:
             found.append(Trial(name, CONFIGS / "transfer" / "cifar10.toml", after=name + SOURCE))
         return found
     config = CONFIGS / "studies" / "mixer.toml"
-    half = len(open_images(setting.data, "train").classes) // 2
+    half = check_classes(setting.data, 4, "for two halves of two each") // 2
     for name, values in NETWORKS.items():
         source = [*values, f"train.length={PRETRAINED}"]
         target = [values[0], f"train.length={TUNED}", "optim.lr=5e-4"]
