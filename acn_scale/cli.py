@@ -28,15 +28,16 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
 
     Until the run's log is open all ranks make the same checks, and rank 0 speaks for all.
     """
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
         main()
     except UserError as error:
         alike = isinstance(error, SharedError) or not logging.getLogger("acn_scale").handlers
-        if os.environ.get("RANK", "0") == "0" or not alike:
+        if first or not alike:
             print(f"error: {error}", file=sys.stderr)
         _exit(2)
     except RunFailed as error:  # on all ranks alike, and in the run's log
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             print(f"error: {error}", file=sys.stderr)
         _exit(1)
 

@@ -41,6 +41,8 @@ def loss_weights(cfg: EarlyExitConfig, depth: int, step: int, steps: int) -> tup
         return ()
     if cfg.losses == "all":
         return tuple(2 * (block + 1) / (depth * (depth + 1)) for block in range(depth))
+    if depth == 1:  # what cut_while_training may leave
+        return (1.0,)
     scales = [cfg.scale * block * (block + 1) / 2 for block in range(depth - 1)]
     scales.append(depth - 1 + cfg.scale * (depth - 2) * (depth - 1) / 2)
     used = [scale * _enabled(cfg, block, depth, step, steps) for block, scale in enumerate(scales)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from acn_scale.errors import SharedError, UserError
+from acn_scale.errors import RunFailed, SharedError, UserError
 
 MEETING = timedelta(minutes=15)  # in which all ranks must have started
 PATIENCE = timedelta(hours=6)  # of a collective: a rank that hangs is the watchdog's to find, long before
@@ -42,7 +42,11 @@ def process_group() -> Iterator[torch.device]:
 
 
 def _export_environment() -> None:
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+    tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    if "RANK" not in os.environ and tasks > 1:
+        if "SLURM_LAUNCH_NODE_IPADDR" not in os.environ:  # in the batch script itself, or the shell of salloc
+            raise UserError(f"SLURM_NTASKS = {tasks}, and this process is none of these; start it with srun, or unset "
+                            "SLURM_NTASKS to have it run alone")  # fmt: skip
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
@@ -65,7 +69,8 @@ def _free_port() -> int:
 def local_device() -> torch.device:
     """This rank's GPU, or the CPU where there is none."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        # Slurm may show each rank a GPU of its own and no other.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     return torch.device("cpu")
 
 
@@ -119,11 +124,13 @@ def union(items: list[Any]) -> list[Any]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A UserError inside this, on any rank, is raised on all: none is left waiting for one that has gone."""
-    mistakes = []
+    """A UserError or RunFailed inside this, on any rank, is raised on all: none waits for one that is gone."""
+    errors = []
     try:
         yield
     except UserError as error:
-        mistakes.append(str(error))
-    for mistake in union(mistakes):
-        raise SharedError(mistake)
+        errors.append(SharedError(str(error)))
+    except RunFailed as error:
+        errors.append(error)
+    for error in union(errors):
+        raise error

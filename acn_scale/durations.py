@@ -12,7 +12,7 @@ from acn_scale.errors import UserError
 def _duration(text: str) -> str:
     if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?(ep|step|run)", text):
         raise ValueError("a number and a unit: '90ep' (epochs), '5000step' or '0.06run' (share of the run)")
-    return text
+    return text if _parts(text)[0] else "0step"  # one way to say nothing
 
 
 def _length(text: str) -> str:
@@ -21,7 +21,14 @@ def _length(text: str) -> str:
     return text
 
 
+def _interval(text: str) -> str:
+    if text == "0step":
+        raise ValueError("above 0; '1run' is at the end alone")
+    return text
+
+
 Duration = Annotated[str, AfterValidator(_duration)]
+Interval = Annotated[Duration, AfterValidator(_interval)]
 Length = Annotated[Duration, AfterValidator(_length)]
 
 

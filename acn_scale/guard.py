@@ -29,7 +29,8 @@ class Guard:
         if self.cfg.spike_factor and len(self.losses) >= ENOUGH:
             median = statistics.median(self.losses)
             if loss > self.cfg.spike_factor * median:
-                return f"the loss is {loss:.4g}, {loss / median:.1f} times the median of the last {len(self.losses)}"
+                much = f"{loss / median:.1f} times" if median else "above"
+                return f"the loss is {loss:.4g}, {much} the median of the last {len(self.losses)}"
         return None
 
     def good(self, loss: float, *, applied: bool) -> None:

@@ -249,7 +249,7 @@ class Window:
         """Time spent in here does not count."""
         before = time.perf_counter()
         yield
-        self.start += time.perf_counter() - before
+        self.start += time.perf_counter() - max(before, self.start)  # which may have begun anew in here
 
     def read(self) -> dict[str, float]:
         """Metrics since the last reading; the loss is the mean over the steps with an update. Call it on all ranks."""

@@ -1,6 +1,7 @@
 """Pretrain a model: deepspeed acn_scale/pretrain.py --config FILE.toml [key.sub=value ...]"""
 
 import contextlib
+import gc
 import logging
 import math
 import sys
@@ -83,6 +84,7 @@ class Trainer:
         self.cfg, self.device, self.folder, self.stream, self.evaluation = cfg, device, folder, stream, evaluation
         self.horizon, self.signals, self.watchdog = horizon, signals, watchdog
         self.rank = distributed.rank()
+        self.engine = None
         self.depth = 0  # blocks of the network, once it is built
         keep_every = cfg.checkpoint.keep_every and horizon.count(cfg.checkpoint.keep_every)
         self.checkpoints = Checkpoints(folder, keep=cfg.checkpoint.keep, keep_every=keep_every)
@@ -105,6 +107,7 @@ class Trainer:
         if fresh and cfg.train.init_from:
             with distributed.together():
                 start_from(model, cfg.train.init_from)
+        self.release()
         self.engine = build_engine(model, cfg, self.device, distributed.world_size())
         self.average = WeightAverage(self.engine, cfg.train.ema_decay) if cfg.train.ema_decay else None
         self.sequence = TaskSequence(self.engine, cfg, self.horizon) if cfg.continual.tasks > 1 else None
@@ -114,6 +117,15 @@ class Trainer:
         shape = as_trained(cfg, self.stream.samples.index.info).model
         self.flops_per_sample = step_flops(shape, mask_ratio, frozen=frozen) if known else None
         self.depth = depth
+
+    def release(self) -> None:
+        """Let go of the engine before the next is built: two may be more than a device holds. At ZeRO-3 caches of
+        DeepSpeed's keep it all the same.
+        """
+        if self.engine is not None:
+            self.engine.destroy()
+        self.engine = self.average = self.sequence = None
+        gc.collect()  # an engine refers to itself
 
     def run(self) -> bool:
         """All steps that are left; False where a signal stopped it before the end."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from acn_scale import distributed
 from acn_scale.config import Config
-from acn_scale.errors import UserError
+from acn_scale.errors import RunFailed, UserError
 from acn_scale.files import whole_lines, write_file
 
 log = logging.getLogger(__name__)
@@ -30,9 +30,11 @@ def run_folder(cfg: Config) -> Path:
     return Path(cfg.run.dir) / cfg.run.name
 
 
-# Keys that may change between two starts: what the run computes does not depend on them but by rounding.
-FREE = ("train.zero_stage", "train.micro_batch_size", "data.workers", "data.verify_checksums", "data.max_bad_samples",
-        "data.remote.", "eval.batch_size", "checkpoint.", "health.", "profile.")  # fmt: skip
+# Keys that may change between two starts: what the run computes does not depend on them but by rounding. Shards are
+# known by what they hold, wherever they lie.
+FREE = ("run.dir", "train.zero_stage", "train.micro_batch_size", "train.offload", "train.compile", "model.recompute",
+        "data.train", "data.eval", "data.workers", "data.verify_checksums", "data.max_bad_samples", "data.remote.",
+        "eval.batch_size", "checkpoint.", "health.", "profile.")  # fmt: skip
 
 
 COMMIT = "COMMIT"  # beside the package in a snapshot: what it is a snapshot of
@@ -65,7 +67,7 @@ def open_run_folder(cfg: Config, steps: int) -> Iterator[Path]:
     """Make the folder and keep it to this run; rank 0 writes down what makes the run: config.json, and environment.json
     of its last start.
 
-    Raises UserError where another process trains in the folder.
+    Raises RunFailed where another process trains in the folder: one that is just being killed will not for long.
     """
     folder = run_folder(cfg)
     with contextlib.ExitStack() as claim:
@@ -99,7 +101,7 @@ def _claimed(folder: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            raise UserError(f"{folder}: {file.read().strip()} trains there; wait for it, or stop it") from None
+            raise RunFailed(f"{folder}: {file.read().strip()} trains there; wait for it, or stop it") from None
         except OSError as error:  # a file system without locks
             log.warning("%s: %s; take care that one run alone trains there", file.name, error.strerror)
         file.truncate(0)

@@ -80,7 +80,16 @@ def test_the_launchers_own_argument_is_ignored(tiny: Path) -> None:
         config_from_args(args[1:], "p")
 
 
+def test_nothing_is_said_in_one_way(tiny: Path) -> None:
+    """A ramp of no epochs is none: the micro batch is not an eighth."""
+    for nothing in ("0ep", "0run", "0.0step", "00step"):
+        cfg = load_config(tiny, [f"train.batch_ramp={nothing}", f"train.anneal={nothing}"])
+        assert (cfg.train.batch_ramp, cfg.train.anneal) == ("0step", "0step")
+
+
 MISTAKES = {
+    "eval.every=0step": "eval.every = '0step': above 0; '1run' is at the end alone",
+    "checkpoint.keep_every=0ep": "checkpoint.keep_every = '0ep': above 0",
     "optim.lrr=1": "optim.lrr: no such key; the nearest is optim.lr",
     "optim.lr=x": "optim.lr = 'x': input should be a valid number",
     "optim.lr=nan": "optim.lr = nan: input should be a finite number",

@@ -1,6 +1,7 @@
 """Blocks that died are cut off while the run goes on, with their part of the optimizer's state, and nothing else."""
 
 import json
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 from test_checkpoint import everything, rewritten
 from test_pretrain import measured, named, run, run_until
 
+from acn_scale import pretrain
 from acn_scale.checkpoint import complete, read_state
 from acn_scale.config import Config, DepthConfig
 from acn_scale.dead_blocks import DeadBlocks
-from acn_scale.runs import run_folder
+from acn_scale.runs import read_metrics, run_folder
 
 
 def norms(*blocks: float) -> dict[str, float]:
@@ -68,6 +70,33 @@ def sections(stage: int, **depth: Any) -> dict[str, dict[str, Any]]:
         "model": {"dropout": 0.1},
         "checkpoint": {"every": "4step"},
     }
+
+
+def run_with_one_engine(cfg: Config) -> None:
+    """On every rank: when an engine is built, that before it is gone, with its memory."""
+    build, before = pretrain.build_engine, []
+
+    def built(*arguments: Any) -> Any:
+        assert not [each for each in before if each() is not None]
+        engine = build(*arguments)
+        before.append(weakref.ref(engine))
+        return engine
+
+    pretrain.build_engine = built
+    try:
+        run(cfg)
+    finally:
+        pretrain.build_engine = build
+    assert len(before) == 2
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_cut_frees_memory_before_it_takes_more(one_rank: Callable, vit: Callable[..., Config], stage: int) -> None:
+    """The time that it takes is none of training's."""
+    cfg = vit(**sections(stage))
+    one_rank(run_with_one_engine, cfg)
+    speeds = [line["speed/samples_per_second"] for line in read_metrics(run_folder(cfg)) if "train/lr" in line]
+    assert min(speeds) > 0
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

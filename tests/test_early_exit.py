@@ -214,6 +214,8 @@ def test_what_cannot_be_evaluated(vit: Callable[..., Config], tmp_path: Path) ->
 
 def test_weights_of_the_losses_are_those_of_the_papers() -> None:
     assert loss_weights(EarlyExitConfig(), 4, 0, 9) == ()
+    for losses in ("all", "rotational", "gradual"):  # of one block, which is what dead ones may leave
+        assert loss_weights(EarlyExitConfig(losses=losses), 1, 0, 9) == (1.0,)
     assert loss_weights(EarlyExitConfig(losses="all"), 3, 0, 9) == pytest.approx([1 / 6, 2 / 6, 3 / 6])
     depth, steps, scale = 6, 1200, 0.2
     e = [scale * sum(range(block + 1)) for block in range(depth - 1)] + [5 + scale * sum(range(depth - 1))]

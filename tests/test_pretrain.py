@@ -107,6 +107,24 @@ def test_resuming_equals_never_stopping(two_ranks: Callable, vit: Callable[..., 
     assert [line["step"] for line in measured(broken) if "train/loss" in line] == list(range(1, 21))
 
 
+def test_a_run_goes_on_in_another_place(
+    one_rank: Callable, vit: Callable[..., Config], digits: Path, tmp_path: Path
+) -> None:
+    """With its folder and its shards moved; other shards are refused."""
+    unbroken, broken = vit(run={"name": "unbroken"}), vit(run={"name": "broken"})
+    one_rank(run, unbroken)
+    one_rank(run_until, broken, 8)
+    shutil.copytree(run_folder(broken), tmp_path / "elsewhere/broken")
+    shutil.copytree(digits, tmp_path / "shards")
+    moved = {"run": {"name": "broken", "dir": str(tmp_path / "elsewhere")}}
+    (refusal,) = one_rank(refused, vit(**moved, data={"train": f"{digits}/eval"}))
+    assert "other shards" in refusal
+    cfg = vit(**moved, data={split: f"{tmp_path}/shards/{split}" for split in ("train", "eval")})
+    check_run_folder(cfg)
+    one_rank(run, cfg)
+    assert measured(cfg) == measured(unbroken)
+
+
 def test_ranks_do_not_change_the_run(one_rank: Callable, two_ranks: Callable, vit: Callable[..., Config]) -> None:
     one, two = vit(run={"name": "one"}), vit(run={"name": "two"}, train={"zero_stage": 2, "micro_batch_size": 4})
     one_rank(run, one)
@@ -298,7 +316,7 @@ def test_a_second_start_leaves_a_running_one_alone(tmp_path: Path) -> None:
     first = Start(arguments, tmp_path / "first", 1)
     first.after(3)
     second = Start(arguments, tmp_path / "second", 1)
-    assert second.wait() == [2]
+    assert second.wait() == [1]
     assert "runs/tiny: process " in said(tmp_path / "second")
     assert "trains there" in said(tmp_path / "second")
     first.kill(11)

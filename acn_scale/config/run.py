@@ -147,7 +147,7 @@ class Config(Section):
                 f"train.global_batch_size = {total}: must be a multiple of {world_size * group}"
                 f" ({world_size} ranks{', and pairs for Mixup or CutMix' if group > 1 else ''})"
             )
-        ramp = not self.train.batch_ramp.startswith("0step")
+        ramp = self.train.batch_ramp != "0step"
         if ramp and total % (8 * world_size * group):
             raise UserError(
                 f"train.global_batch_size = {total}: must be a multiple of {8 * world_size * group}: train.batch_ramp "

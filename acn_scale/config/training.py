@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from acn_scale.config.section import Section
-from acn_scale.durations import Duration, Length
+from acn_scale.durations import Duration, Interval, Length
 
 
 class OptimConfig(Section):
@@ -62,7 +62,7 @@ class TrainConfig(Section):
         0.0, ge=0, lt=1, description="of a moving average of the weights, kept in checkpoints; 0 keeps none"
     )
     clip_norm: float = Field(0.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
-    log_every: Duration = Field("50step", description="between two lines of training metrics")
+    log_every: Interval = Field("50step", description="between two lines of training metrics")
 
 
 class EarlyExitConfig(Section):
@@ -90,15 +90,15 @@ class EarlyExitConfig(Section):
 
 
 class EvalConfig(Section):
-    every: Duration = Field("1ep", description="between two evaluations; one is always made at the end")
+    every: Interval = Field("1ep", description="between two evaluations; one is always made at the end")
     batch_size: int = Field(256, ge=1, description="samples of one evaluation pass on one rank")
     tolerance: float = Field(0.5, ge=0, description="points of accuracy the cut-off depth may lose")
 
 
 class CheckpointConfig(Section):
-    every: Duration = Field("1ep", description="between two checkpoints; one is always made at the end")
+    every: Interval = Field("1ep", description="between two checkpoints; one is always made at the end")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
-    keep_every: Duration | None = Field(None, description="checkpoints at multiples of this are kept for good")
+    keep_every: Interval | None = Field(None, description="checkpoints at multiples of this are kept for good")
 
 
 class HealthConfig(Section):
@@ -147,7 +147,7 @@ class PruneConfig(Section):
         0.0, ge=0, lt=1, description="of the blocks' linear weights that are left, those with the smallest |weight x "
         "gradient|, which are pruned each time; 0 prunes none",
     )  # fmt: skip
-    every: Duration = Field("1ep", description="between two prunings; none is made at the end")
+    every: Interval = Field("1ep", description="between two prunings; none is made at the end")
 
 
 class ContinualConfig(Section):

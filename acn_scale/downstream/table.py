@@ -19,7 +19,7 @@ from acn_scale.tables import markdown
 from acn_scale.watchdog import read_failure
 
 # Keys of a config that runs of the same settings may differ in: seeds of a network start from networks of their own.
-OF_EACH_RUN = ("run.", "train.init_from", "data.train", "data.eval", "data.tokenizer", "model.depth")
+OF_EACH_RUN = ("run.", "train.init_from", "data.tokenizer", "model.depth")
 BESIDE = {"mnli_mismatched": "mnli", "ax": "mnli"}  # what the networks of a task are evaluated on beside it
 
 
