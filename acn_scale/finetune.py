@@ -15,6 +15,7 @@ from acn_scale.downstream.image_evaluation import evaluate_images
 from acn_scale.downstream.image_sets import open_subject
 from acn_scale.downstream.source import completed
 from acn_scale.downstream.tasks import evaluate_task
+from acn_scale.errors import UserError
 from acn_scale.pretrain import train
 from acn_scale.runs import check_run_folder, run_folder
 from acn_scale.stopping import EXIT_STOPPED
@@ -22,6 +23,8 @@ from acn_scale.stopping import EXIT_STOPPED
 
 def main() -> None:
     cfg = config_from_args(sys.argv[1:], program="acn_scale/finetune.py", complete=completed)
+    if cfg.data.kind == "text":
+        raise UserError("data.kind = text: must be sentences or images; acn_scale/pretrain.py trains on text")
     check_run_folder(cfg)
     with distributed.process_group() as device:
         finished = train(cfg, device)

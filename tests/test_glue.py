@@ -370,7 +370,6 @@ def test_what_does_not_fit_is_refused(encoder: Path, shards: Path, tmp_path: Pat
         "data.tokenizer = nowhere": ["data.tokenizer=nowhere"],
         "data.train = nowhere|nowhere/index.json": ["data.train=nowhere"],
         "holds no complete checkpoint": [f"train.init_from={tmp_path}"],
-        "data.kind = text: must be sentences or images": ["data.kind=text"],
         "eval: holds cola; data.train = .*/mrpc/train holds mrpc": [f"data.eval={shards}/cola/eval"],
         "data.eval = https://here/mrpc: must be a folder": ["data.eval=https://here/mrpc"],
     }
@@ -381,6 +380,13 @@ def test_what_does_not_fit_is_refused(encoder: Path, shards: Path, tmp_path: Pat
     other = fine_tuning(tmp_path, encoder, shards, "mrpc", *mnli, "model.num_classes=2")
     with pytest.raises(UserError, match="has 3 classes"):
         build_stream(other)
+
+
+def test_text_is_nothing_to_fine_tune_on() -> None:
+    """It would be trained on to the end, and then not be evaluated."""
+    done = forked.command(ROOT / "acn_scale/finetune.py", "--config", ROOT / "configs/quickstart/ac_bert.toml")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "error: data.kind = text: must be sentences or images" in done.stderr
 
 
 def test_anothers_tokenizer_is_refused(encoder: Path, shards: Path, tmp_path: Path) -> None:

@@ -25,8 +25,6 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
     data are not those of a task.
     """
     source, data = values.get("train", {}).get("init_from"), values.get("data", {})
-    if data.get("kind") == "text":
-        raise UserError("data.kind = text: must be sentences or images; acn_scale/pretrain.py trains on text")
     if data.get("kind") == "sentences":
         _check_task(data)
     if values.get("model", {}).get("name"):
