@@ -34,17 +34,17 @@ from acn_scale.data.tokenizer import TOKENIZER_NAME, load_tokenizer, train_token
 from acn_scale.models import build_model
 
 
-def inputs_of(net: Network) -> tuple[dict[str, Tensor], Tensor]:
-    """A batch, and our logits: at every position where there is no class."""
+def inputs_of(net: Network, batch: int = 3, segments: int = 2) -> tuple[dict[str, Tensor], Tensor]:
+    """A batch, texts with so many segments, and our logits: at every position where there is no class."""
     model = net.card.model
     if not isinstance(model, BertConfig):
-        images = torch.randn(3, model.channels, model.image_size, model.image_size)
+        images = torch.randn(batch, model.channels, model.image_size, model.image_size)
         return {"pixel_values": images}, net.model(images)["logits"]
-    tokens, segments = torch.randint(5, model.vocab_size, (3, 7)), torch.randint(0, 2, (3, 7))
-    mask = torch.arange(7) < torch.tensor([[7], [5], [6]])
-    places = None if model.num_classes else torch.arange(7).expand(3, -1)
-    logits = net.model(tokens, places, segments=segments, mask=mask)["logits"]
-    return {"input_ids": tokens, "token_type_ids": segments, "attention_mask": mask.long()}, logits
+    tokens, parts = torch.randint(5, model.vocab_size, (batch, 7)), torch.randint(segments, (batch, 7))
+    mask = torch.arange(7) < torch.tensor([[7], [5], [6], [7], [1]])[:batch]
+    places = None if model.num_classes else torch.arange(7).expand(batch, -1)
+    logits = net.model(tokens, places, segments=parts, mask=mask)["logits"]
+    return {"input_ids": tokens, "token_type_ids": parts, "attention_mask": mask.long()}, logits
 
 
 def auto_class(model: ModelConfig) -> str:
@@ -200,19 +200,17 @@ def test_programs(exported: Callable[..., Path], model: ModelConfig) -> None:
     import onnxruntime
 
     net = network(model)
-    text = isinstance(model, BertConfig)
     session = onnxruntime.InferenceSession(exported(net, "onnx") / "model.onnx")
-    program = torch.export.load(exported(net, "export") / "model.pt2").module()
+    folder = exported(net, "export")
+    program = torch.export.load(folder / "model.pt2").module()
     names = [each.name for each in session.get_inputs()]
+    assert names == list(json.loads((folder / "config.json").read_text())["inputs"])
+    assert ("segments" in names) == (isinstance(model, BertConfig) and model.num_classes > 0)
+    theirs = {"images": "pixel_values", "tokens": "input_ids", "mask": "attention_mask", "segments": "token_type_ids"}
     for batch in (1, 5):
-        if text:
-            tokens, mask = torch.randint(300, (batch, 7)), torch.arange(7).expand(batch, -1) < 6
-            inputs = [tokens, mask]
-            places = None if model.num_classes else torch.arange(7).expand(batch, -1)
-            expected = net.model(tokens, places, mask=mask)["logits"]
-        else:
-            inputs = [torch.randn(batch, 3, 8, 8)]
-            expected = net.model(*inputs)["logits"]
+        given, expected = inputs_of(net, batch, segments=1 + ("segments" in names))
+        inputs = [given[theirs[name]] for name in names]
+        inputs = [each.bool() if name == "mask" else each for name, each in zip(names, inputs, strict=True)]
         torch.testing.assert_close(program(*inputs), expected, rtol=0, atol=1e-5)
         (got,) = session.run(None, dict(zip(names, (each.numpy() for each in inputs), strict=True)))
         torch.testing.assert_close(torch.from_numpy(got), expected, rtol=0, atol=1e-5)
