@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -216,10 +217,14 @@ def test_programs(exported: Callable[..., Path], model: ModelConfig) -> None:
         torch.testing.assert_close(torch.from_numpy(got), expected, rtol=0, atol=1e-5)
 
 
+LETTERS = ["ệ", "ẹ", "ê", "é", "ǖ", "ü", "ガ", "カ", "각", "가", "ṩ", "ṣ"]
+# As files and keyboards have them: in parts, of two marks too, and at half the width.
+IN_PARTS = [*(unicodedata.normalize("NFD", letter) for letter in LETTERS), "ｶﾞ", "ｶ", "e\u0323"]
+
 WORDS = sorted({word for topic in topics.values() for word in topic.split()})
 
 LIKE_TEXT = st.lists(
-    st.sampled_from([*WORDS[::7], " ", " ", "  ", "\n", "\t", "\u00a0", "é", "ﬁ", "e\u0301", "\u2581"])
+    st.sampled_from([*WORDS[::7], *IN_PARTS, " ", " ", "  ", "\n", "\t", "\u00a0", "é", "ﬁ", "\u2581"])
 )
 
 ANY_TEXT = st.text() | LIKE_TEXT.map("".join)
@@ -227,11 +232,11 @@ ANY_TEXT = st.text() | LIKE_TEXT.map("".join)
 
 @pytest.fixture(scope="module", params=["unigram", "bpe"])
 def tokenizers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """Ours, and what Transformers loads."""
+    """Ours, and what Transformers loads; they know some letters with marks."""
     import transformers
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(topics.values(), 300, folder, model=request.param)
+    train_tokenizer([*topics.values(), *[" ".join(LETTERS)] * 100], 300, folder, model=request.param)
     out = folder / "hf"
     source = folder / "source"
     source.mkdir()
@@ -245,6 +250,7 @@ def tokenizers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def test_tokenizer(tokenizers: tuple[Any, Any], text: str) -> None:
     ours, theirs = tokenizers
     assume(not any(ours.IdToPiece(number) in text for number in range(5)))  # Transformers takes them for what they say
+    assume(ours.Normalize(text) == ours.Normalize(unicodedata.normalize("NFKC", text)))  # not so: marks in odd places
     expected, (first, *got, last) = ours.EncodeAsIds(text), theirs(text).input_ids
     assert (first, last) == (2, 3)
     if got != expected:  # two splits of the same score, such as == = and = ==, in another precision
@@ -253,6 +259,13 @@ def test_tokenizer(tokenizers: tuple[Any, Any], text: str) -> None:
         assert sum(scores[0]) == pytest.approx(sum(scores[1]), rel=1e-6)
         assert "".join(pieces[0]) == "".join(pieces[1])
         assert len(got) == len(expected)
+
+
+@pytest.mark.parametrize("text", IN_PARTS, ids=ascii)
+def test_tokenizer_joins_letters_and_marks(tokenizers: tuple[Any, Any], text: str) -> None:
+    ours, theirs = tokenizers
+    assert ours.EncodeAsIds(text)[-1] > 4  # no [UNK]
+    assert theirs(text).input_ids[1:-1] == ours.EncodeAsIds(text)
 
 
 def test_tokenizer_knows_the_special_pieces(tokenizers: tuple[Any, Any]) -> None:
