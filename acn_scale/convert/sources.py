@@ -15,7 +15,7 @@ from acn_scale.data.shards import ShardIndex
 from acn_scale.data.storage import read_file
 from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import UserError
-from acn_scale.runs import read_config, read_result
+from acn_scale.runs import read_config, read_metrics
 from acn_scale.zero import Pieces, frozen, kept
 
 log = logging.getLogger(__name__)
@@ -86,12 +86,6 @@ def _whole(checkpoint: Path) -> Path:
 def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
     run = checkpoint.absolute().parents[1]
     cfg = read_config(run)
-    accuracy, evaluated_at = None, None
-    try:
-        result = read_result(run)
-        accuracy, evaluated_at = result.accuracy, result.step
-    except UserError as error:
-        log.warning("%s; the network goes without its accuracy by depth", error)
     state = read_state(checkpoint)
     if state.get("short"):
         raise UserError(
@@ -100,6 +94,7 @@ def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
         )
     depth = state["layout"]["depth"]  # which a run may have cut
     masked = cfg.model.name == "bert" and not cfg.model.num_classes
+    accuracy = None if average else _accuracy(run, state["step"], depth)  # a run evaluates the weights themselves
     card = Card(
         model=cfg.model.model_copy(update={"depth": depth}),
         source=str(checkpoint),
@@ -109,7 +104,7 @@ def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
         data=cfg.data.train,
         average=average,
         accuracy=accuracy,
-        evaluated_at=evaluated_at,
+        evaluated_at=None if accuracy is None else state["step"],
         images=_images(cfg),
         masks=Masks(mask_ratio=cfg.data.mask_ratio, whole_words=cfg.data.whole_words) if masked else None,
     )
@@ -118,6 +113,18 @@ def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
         return network(card, _averages(checkpoint) | still, _tokenizer(cfg))
     weights = {name: each["fp32"] for name, each in kept(checkpoint, state).items()}
     return network(card, weights, _tokenizer(cfg))
+
+
+def _accuracy(run: Path, step: int, depth: int) -> list[float] | None:
+    """At depth 0 ... `depth`, by the run's evaluation at this very step: of another step it is another network's."""
+    try:
+        found = [line for line in read_metrics(run) if line["step"] == step and "eval/loss" in line]
+        if not found:
+            raise UserError(f"{run}: was not evaluated at step {step}")
+    except UserError as error:
+        log.warning("%s; the network goes without its accuracy by depth", error)
+        return None
+    return [found[-1][f"eval/depth_{each:02d}/accuracy"] for each in range(depth + 1)]
 
 
 def _averages(checkpoint: Path) -> dict[str, Pieces]:
