@@ -18,6 +18,7 @@ from PIL import Image
 from acn_scale.config import Config
 from acn_scale.data import build_stream
 from acn_scale.data.classes import read_classes
+from acn_scale.data.decode import Picture
 from acn_scale.data.image_sources import ImageSource, open_images
 from acn_scale.data.make import Making
 from acn_scale.data.make_images import describe_images, index_shards, make_image_shards
@@ -170,6 +171,24 @@ def test_what_is_no_image_is_left_out_and_listed(tmp_path: Path) -> None:
     assert index.num_samples == 2
     assert sorted(line[:8] for line in index.info["left_out"]) == ["a/1.jpg:", "a/2.jpg:", "a/3.jpg:"]
     assert {content[:4] for content, _ in written(tmp_path / "out")} == {picture(0)[:4], b"\x89PNG"}
+
+
+@pytest.mark.parametrize("resize", [None, 4])
+def test_16_bits_become_8(resize: int | None, tmp_path: Path) -> None:
+    """A value / 257, in the shards and their mean as when they are decoded; what has more bits is left out."""
+    values = np.random.default_rng(0).integers(0, 2**16, (6, 6), dtype=np.uint16)
+    expected = np.rint(values / 257).astype(np.uint8)
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    for kind, pixels in (("png", values), ("pgm", values), ("tif", values), ("wide.tif", values.astype(np.int32) * 3),
+                         ("real.tif", values.astype(np.float32))):  # fmt: skip
+        Image.fromarray(pixels).save(tmp_path / "in" / "a" / f"x.{kind}")
+    index = make_image_shards(f"folder:{tmp_path}/in", "train", tmp_path / "out", resize=resize)
+    left_out = sorted(index.info["left_out"])
+    assert left_out == ["a/x.real.tif: pixels that are fractions", "a/x.wide.tif: pixels that are not in 0..65535"]
+    decoded = [Picture(content, "L").pixels()[0].numpy() for content, _ in written(tmp_path / "out")]
+    assert len(decoded) == 3
+    assert all(np.array_equal(image, expected if resize is None else decoded[0]) for image in decoded)
+    assert index.info["mean"] == pytest.approx([np.mean(decoded) / 255])
 
 
 def test_resizing_keeps_what_is_small(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from acn_scale.data.decode import narrowed
 from acn_scale.data.image_sources import ImageSource, RawImage, encode_png, open_images
 from acn_scale.data.make import Making, describe, in_order
 from acn_scale.data.selection import select
@@ -42,9 +43,10 @@ class Pixels:
     sums: np.ndarray = field(default_factory=lambda: np.zeros((2, 3)))  # of the values and of their squares
 
     def add(self, image: Image.Image) -> None:
-        self.images += 1
-        self.colour |= image.mode not in ("1", "L")
+        image = narrowed(image)
         values = np.asarray(image.convert("RGB"), dtype=np.float64).reshape(-1, 3) / 255
+        self.images += 1  # from here on nothing can fail: what is left out counts for nothing
+        self.colour |= image.mode not in ("1", "L")
         self.sums += [values.mean(0), np.square(values).mean(0)]
 
     def merge(self, notes: dict[str, Any]) -> None:
@@ -163,6 +165,7 @@ def shrunk(image: Image.Image, *, resize: int, square: bool) -> Image.Image:
     """With a shorter side of `resize` at most, or its middle as a square of that; the same object where that is so."""
     if image.size == (resize, resize) or (not square and min(image.size) <= resize):
         return image
+    image = narrowed(image)
     image = image if image.mode in ("L", "RGB") else image.convert("RGB")
     if square:
         return ImageOps.fit(image, (resize, resize), Image.Resampling.BICUBIC)
@@ -183,6 +186,7 @@ def prepare(content: bytes, shrink: Shrink | None, pixels: Pixels | None) -> tup
             buffer = io.BytesIO()
             image.save(buffer, format="JPEG", quality=QUALITY)
             return "jpg", buffer.getvalue()
+        image = narrowed(image)
         return "png", encode_png(image if image.mode in ("1", "L", "RGB") else image.convert("RGB"))
     except Exception as error:  # damaged files fail in every way that Pillow's decoders can
         raise BadData(str(error).replace("<_io.BytesIO", "<the file") or type(error).__name__) from None
