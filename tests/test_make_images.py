@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,6 +162,30 @@ def test_any_number_of_workers_writes_the_same(class_folders: Path, tmp_path: Pa
     for workers in (1, 3):
         make_image_shards(f"folder:{class_folders}", "train", tmp_path / str(workers), shard_size=7, workers=workers)
     assert hashes(tmp_path / "1") == hashes(tmp_path / "3")
+
+
+def test_tars_of_others_name_their_images(tmp_path: Path, vit: Callable[..., Config]) -> None:
+    """Capital letters are as small ones; what training does not read is listed, and alone it is refused."""
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "strange").mkdir()
+    names = [("mixed", "JPG", "JPEG"), ("mixed", "tif", "TIFF"), ("mixed", "PNG", "PNG"), ("strange", "bmp", "BMP")]
+    for number, (folder, extension, kind) in enumerate(names):
+        with tarfile.open(tmp_path / folder / "in.tar", "a") as tar:
+            for name, content in ((extension, picture(number, kind)), ("cls", b"0")):
+                member = tarfile.TarInfo(f"{number}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    index = index_shards(tmp_path / "mixed")
+    (unreadable,) = index.info["unreadable"]
+    assert unreadable.startswith("in.tar: 1.tif: no file that ends in one of jpg, png, jpeg, webp")
+    pixels = [np.asarray(Image.open(io.BytesIO(picture(n, kind)))) / 255 for n, kind in ((0, "JPEG"), (2, "PNG"))]
+    assert index.info["mean"] == pytest.approx(np.mean([image.mean((0, 1)) for image in pixels], 0))
+    data = {"train": str(tmp_path / "mixed"), "eval": str(tmp_path / "mixed"), "on_bad_sample": "skip"}
+    cfg = vit(data=data | {"augment": "crop_flip"}, model={"channels": 3}, train={"global_batch_size": 2})
+    assert len(next(build_stream(cfg))["images"]) == 2
+    with pytest.raises(UserError, match=r"strange: none of its 1 images can be read: .*in.tar: 3.bmp: "):
+        index_shards(tmp_path / "strange")
+    assert not (tmp_path / "strange" / "index.json").exists()
 
 
 def test_what_is_no_image_is_left_out_and_listed(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from PIL import Image
 
 from acn_scale.data.cifar import read_cifar
 from acn_scale.data.classes import class_names, class_number
+from acn_scale.data.images import ENCODINGS
 from acn_scale.data.sources import EVAL_NAMES, files_identity, find_files, find_source, load_hugging_face, split_name
 from acn_scale.data.tar import Table
 from acn_scale.errors import BadData, UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+EXTENSIONS = (*(f".{name}" for name in ENCODINGS), ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 DIGITS_TRAIN = 1400  # of 1,797 images; the others are for evaluation
 
 
@@ -261,8 +262,9 @@ def webdataset(rest: str, split: str, classes: Sequence[str] | None, streaming: 
         table = Table(path)
         for record in range(start, stop):
             where, files = f"{path}: {table.key(record)}", table.read(record)
-            image = next((files[name] for name in files if f".{name}" in EXTENSIONS), b"")
-            yield RawImage(image, class_number(_label(files, where), numbers, where), table.key(record))
+            extension = next((name for name in EXTENSIONS if name[1:] in files), "")
+            label = class_number(_label(files, where), numbers, where)
+            yield RawImage(files.get(extension[1:], b""), label, table.key(record) + extension)
 
     return Parts(list(numbers), files_identity(paths), sizes, read)
 

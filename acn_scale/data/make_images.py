@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from acn_scale.data.decode import narrowed
 from acn_scale.data.image_sources import ImageSource, RawImage, encode_png, open_images
+from acn_scale.data.images import ENCODINGS
 from acn_scale.data.make import Making, describe, in_order
 from acn_scale.data.selection import select
 from acn_scale.data.shards import INDEX_NAME, ShardIndex
@@ -206,6 +207,8 @@ def index_shards(folder: Path, *, classes: Sequence[str] | None = None, workers:
         pixels, bad = Pixels(), []
         for number, raw in enumerate(images.read_part(part, 0, images.sizes[part])):
             try:
+                if not raw.name.endswith(ENCODINGS):
+                    raise BadData(f"no file that ends in one of {', '.join(ENCODINGS)}, which alone are read as images")
                 prepare(raw.content, None, pixels if number % every == 0 else None)
             except BadData as error:
                 bad.append(f"{paths[part].name}: {raw.name}: {error}")
@@ -219,6 +222,8 @@ def index_shards(folder: Path, *, classes: Sequence[str] | None = None, workers:
         bad += unreadable
     for line in bad[:10]:
         log.warning("cannot be read: %s", line)
+    if not pixels.images:
+        raise UserError(f"{folder}: none of its {images.size} images can be read: {bad[:1]}")
     info = {"kind": "images", "source": "index_shards", "classes": list(images.classes), **pixels.info()}
     index = ShardIndex(folder, shards, info | {"rows_per_record": 1, "unreadable": bad})
     index.save()

@@ -57,7 +57,7 @@ def _scan(file: BinaryIO) -> tuple[np.ndarray, list[str], np.ndarray]:
         for name, start, size in members(file):
             key, extension = base_plus_ext(name)
             if key is not None:
-                records.setdefault(key, {})[extension] = (start, size)
+                records.setdefault(key, {})[extension.lower()] = (start, size)  # as webdataset does
     except (tarfile.TarError, OSError, ValueError) as error:
         if not records:
             raise BadData(f"not a readable tar: {error}") from None
