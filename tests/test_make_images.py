@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -172,29 +173,34 @@ def test_tars_of_others_name_their_images(tmp_path: Path, vit: Callable[..., Con
     for number, (folder, extension, kind) in enumerate(names):
         with tarfile.open(tmp_path / folder / "in.tar", "a") as tar:
             for name, content in ((extension, picture(number, kind)), ("cls", b"0")):
-                member = tarfile.TarInfo(f"{number}.{name}")
+                member = tarfile.TarInfo(os.fsdecode(b"%d\xe9.%s" % (number, name.encode())))  # a Latin-1 name
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     index = index_shards(tmp_path / "mixed")
     (unreadable,) = index.info["unreadable"]
-    assert unreadable.startswith("in.tar: 1.tif: no file that ends in one of jpg, png, jpeg, webp")
+    assert unreadable.startswith("in.tar: 1\ufffd.tif: no file that ends in one of jpg, png, jpeg, webp")
     pixels = [np.asarray(Image.open(io.BytesIO(picture(n, kind)))) / 255 for n, kind in ((0, "JPEG"), (2, "PNG"))]
     assert index.info["mean"] == pytest.approx(np.mean([image.mean((0, 1)) for image in pixels], 0))
     data = {"train": str(tmp_path / "mixed"), "eval": str(tmp_path / "mixed"), "on_bad_sample": "skip"}
     cfg = vit(data=data | {"augment": "crop_flip"}, model={"channels": 3}, train={"global_batch_size": 2})
     assert len(next(build_stream(cfg))["images"]) == 2
-    with pytest.raises(UserError, match=r"strange: none of its 1 images can be read: .*in.tar: 3.bmp: "):
+    with pytest.raises(UserError, match=r"strange: none of its 1 images can be read: .*in.tar: 3.\.bmp: "):
         index_shards(tmp_path / "strange")
     assert not (tmp_path / "strange" / "index.json").exists()
 
 
 def test_what_is_no_image_is_left_out_and_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "in" / "a"
+    folder.mkdir(parents=True)
     for number, content in enumerate([picture(0), b"", picture(1)[:30], b"GIF87a", picture(2, "BMP")]):
-        (tmp_path / "in" / "a").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / "a" / f"{number}.jpg").write_bytes(content)
+        (folder / f"{number}.jpg").write_bytes(content)
+    (folder / "5.jpg").symlink_to(tmp_path / "gone")
+    (folder / os.fsdecode(b"6-\xe9.jpg")).symlink_to(tmp_path / "gone")  # a Latin-1 name
     index = make_image_shards(f"folder:{tmp_path}/in", "train", tmp_path / "out", shard_size=2)
     assert index.num_samples == 2
-    assert sorted(line[:8] for line in index.info["left_out"]) == ["a/1.jpg:", "a/2.jpg:", "a/3.jpg:"]
+    left_out = sorted(index.info["left_out"])
+    assert [line[:8] for line in left_out] == ["a/1.jpg:", "a/2.jpg:", "a/3.jpg:", "a/5.jpg:", "a/6-\udce9.jp"]
+    assert left_out[3] == "a/5.jpg: cannot be read: No such file or directory"
     assert {content[:4] for content, _ in written(tmp_path / "out")} == {picture(0)[:4], b"\x89PNG"}
 
 
@@ -297,6 +303,7 @@ def test_tars_of_others_get_an_index(pictures: list[Sample], tmp_path: Path, vit
         ("folder:/nowhere", "no such folder"),
         ("parquet:/nowhere/*.parquet", "no such file"),
         ("wds:/nowhere/x.tar", "no such file"),
+        ("wds:/nowhere/{0..3.tar", "each { must have its }"),
         ("cifar:/nowhere", "holds neither data_batch_1"),
         ("hf:/nowhere/set", "hf:/nowhere/set: "),
     ],

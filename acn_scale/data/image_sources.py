@@ -26,11 +26,12 @@ DIGITS_TRAIN = 1400  # of 1,797 images; the others are for evaluation
 
 
 class RawImage(NamedTuple):
-    """An image file's bytes; what its source calls it."""
+    """An image file's bytes, or what keeps them from being read; what its source calls it."""
 
     content: bytes
     label: int
     name: str
+    problem: str = ""
 
 
 class ImageSource(Protocol):
@@ -125,7 +126,8 @@ class Folder:
         self.paths = [os.path.relpath(path, root) for path in paths]  # by class, then by name
         self._order = np.random.default_rng(0).permutation(len(paths))
         self.size = len(paths)
-        self.identity = hashlib.sha256("\n".join(self.paths[number] for number in self._order).encode()).hexdigest()
+        names = "\n".join(self.paths[number] for number in self._order)
+        self.identity = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
     def number(self, classes: Sequence[str]) -> None:
         """Number the classes in this order, which must have all of them."""
@@ -138,10 +140,17 @@ class Folder:
     def image(self, number: int) -> RawImage:
         """Of paths[number]."""
         path = self.paths[number]
-        return RawImage((self.root / path).read_bytes(), self.label(number), path)
+        return _read(self.root / path, self.label(number), path)
 
     def label(self, number: int) -> int:
         return self._numbers[self.paths[number].split(os.sep, 1)[0]]
+
+
+def _read(path: Path, label: int, name: str) -> RawImage:
+    try:
+        return RawImage(path.read_bytes(), label, name)
+    except OSError as error:
+        return RawImage(b"", label, name, f"cannot be read: {error.strerror}")
 
 
 def _class_folders(root: Path) -> list[str]:
@@ -308,11 +317,12 @@ class HuggingFace:
             rows = (self._data[number] for number in range(start, min(stop or self.size, self.size)))
         for number, row in enumerate(rows, start):
             image = row[self._image] or {}
-            content = image.get("bytes")
-            if content is None and image.get("path"):
-                content = Path(image["path"]).read_bytes()
+            content, path = image.get("bytes"), Path(image.get("path") or "")
             label = class_number(row[self._label], self._numbers, f"row {number}")
-            yield RawImage(content or b"", label, Path(image.get("path") or "").name)
+            if content is None and path.name:
+                yield _read(path, label, path.name)
+            else:
+                yield RawImage(content or b"", label, path.name)
 
 
 IMAGE_SOURCES: dict[str, Callable[..., ImageSource]] = {

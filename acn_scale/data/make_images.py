@@ -149,7 +149,7 @@ def _write(
     def records() -> Iterator[dict[str, Any]]:
         for position, image in enumerate(raw, number * shard_size):
             try:
-                extension, content = prepare(image.content, shrink, pixels if position % every == 0 else None)
+                extension, content = prepare(image, shrink, pixels if position % every == 0 else None)
             except BadData as error:
                 left_out.append(f"{image.name or f'image {position}'}: {error}")
                 continue
@@ -174,15 +174,17 @@ def shrunk(image: Image.Image, *, resize: int, square: bool) -> Image.Image:
     return image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
 
 
-def prepare(content: bytes, shrink: Shrink | None, pixels: Pixels | None) -> tuple[str, bytes]:
+def prepare(raw: RawImage, shrink: Shrink | None, pixels: Pixels | None) -> tuple[str, bytes]:
     """(extension, image file) to write for an image file, whose pixels are measured. Raises BadData for no image."""
+    if raw.problem:
+        raise BadData(raw.problem)
     try:
-        original = Image.open(io.BytesIO(content))
+        original = Image.open(io.BytesIO(raw.content))
         kind, image = original.format, shrink(original) if shrink else original
         if pixels is not None:
             pixels.add(image)
         if kind in KEPT and image is original:
-            return KEPT[kind], content
+            return KEPT[kind], raw.content
         if kind == "JPEG":
             buffer = io.BytesIO()
             image.save(buffer, format="JPEG", quality=QUALITY)
@@ -209,7 +211,7 @@ def index_shards(folder: Path, *, classes: Sequence[str] | None = None, workers:
             try:
                 if not raw.name.endswith(ENCODINGS):
                     raise BadData(f"no file that ends in one of {', '.join(ENCODINGS)}, which alone are read as images")
-                prepare(raw.content, None, pixels if number % every == 0 else None)
+                prepare(raw, None, pixels if number % every == 0 else None)
             except BadData as error:
                 bad.append(f"{paths[part].name}: {raw.name}: {error}")
         return describe(paths[part], images.sizes[part]), pixels.notes(), bad
@@ -248,7 +250,7 @@ def describe_images(
     sizes, bad = [], []
     for raw in islice(images.read(0, 100), 100):
         try:
-            extension, _ = prepare(raw.content, None, None)
+            extension, _ = prepare(raw, None, None)
             content[extension] += 1
             sizes.append(len(raw.content))
         except BadData as error:

@@ -62,7 +62,7 @@ def _scan(file: BinaryIO) -> tuple[np.ndarray, list[str], np.ndarray]:
         if not records:
             raise BadData(f"not a readable tar: {error}") from None
     # Of fixed width: a tenth of what strings take.
-    keys = np.array([key.encode() for key in records], dtype=bytes)
+    keys = np.array([key.encode(errors="surrogateescape") for key in records], dtype=bytes)
     extensions = sorted({extension for files in records.values() for extension in files})
     places = np.full((len(records), len(extensions), 2), -1, dtype=np.int64)
     for row, files in zip(places, records.values(), strict=True):
