@@ -20,6 +20,7 @@ from networks import bert, complaint, described, mixer, network, same, vit
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_models import randomize
+from test_pretrain import run
 from torch import Tensor
 
 from acn_scale.config import BertConfig, Config, MixerConfig, ModelConfig
@@ -33,6 +34,7 @@ from acn_scale.data.samples import Key
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.tokenizer import TOKENIZER_NAME, load_tokenizer, train_tokenizer
 from acn_scale.models import build_model
+from acn_scale.runs import run_folder
 
 
 def inputs_of(net: Network, batch: int = 3, segments: int = 2) -> tuple[dict[str, Tensor], Tensor]:
@@ -303,6 +305,22 @@ def test_image_processor(tmp_path: Path, vit: Callable[..., Config], channels: i
     given = image if channels == 3 else image.convert("L")
     got = processor(given, return_tensors="pt").pixel_values
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_grey_shards_of_a_colour_model(
+    one_rank: Callable, vit: Callable[..., Config], exported: Callable[..., Path]
+) -> None:
+    """Its mean and deviation are written for every channel: others take no fewer."""
+    import transformers
+
+    cfg = vit(model={"channels": 3, "connectivity": "residual"}, train={"length": "1step"})
+    one_rank(run, cfg)
+    net = read_model(run_folder(cfg))
+    assert net.card.images.mean == ShardIndex.load(cfg.data.train).info["mean"] * 3
+    folder = exported(net, "hf")
+    assert read_model(f"hf:{folder}").card.images.std == net.card.images.std
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, use_fast=False)
+    assert processor(Image.new("RGB", (8, 8)), return_tensors="pt").pixel_values.shape == (1, 3, 8, 8)
 
 
 @pytest.mark.parametrize("model", [

@@ -148,9 +148,14 @@ def _images(cfg: Config) -> Images | None:
     except UserError as error:
         log.warning("%s; the network goes without its preprocessing", error)
         return None
+
+    def each(values: list[float]) -> list[float]:
+        """For each channel; of grey shards the same."""
+        return values * cfg.model.channels if len(values) == 1 else values
+
     return Images(
-        mean=data.mean or info["mean"],
-        std=data.std or info["std"],
+        mean=each(data.mean or info["mean"]),
+        std=each(data.std or info["std"]),
         classes=info["classes"],
         resize=data.evaluation_resize(cfg.model.image_size),
     )
