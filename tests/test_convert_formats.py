@@ -92,6 +92,20 @@ def test_transformers(exported: Callable[..., Path], model: ModelConfig) -> None
         assert same(read_model(f"hf:{folder}"), net)
 
 
+@pytest.mark.parametrize("model", [bert(num_classes=1), bert(connectivity="acn", num_classes=1)], ids=described)
+def test_one_label_is_a_number(exported: Callable[..., Path], model: ModelConfig) -> None:
+    """Whose loss is the square of the error, with Transformers' own code as with ours."""
+    import transformers
+
+    net = network(model)
+    folder = exported(net, "hf")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    inputs, expected = inputs_of(net)
+    labels = torch.tensor([0.5, 2.25, 5.0])
+    loss = theirs(**inputs, labels=labels).loss
+    torch.testing.assert_close(loss, (expected.squeeze(-1) - labels).square().mean(), rtol=0, atol=1e-5)
+
+
 LIKE_BERT = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 LIKE_BERT |= {"intermediate_size": 64, "max_position_embeddings": 7}
 

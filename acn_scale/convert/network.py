@@ -57,7 +57,12 @@ class Card(Section):
     accuracy: list[float] | None = None  # 0..1 at depth 0 ... full_depth, by the run's evaluation at this step
     evaluated_at: int | None = None  # the step of that evaluation
     images: Images | None = None  # None: for text, or not known
+    classes: list[str] | None = None  # of sentences; None: for images, which `images` names, or not known
     masks: Masks | None = None  # None: not a masked language model, or not known
+
+    def class_names(self) -> list[str]:
+        """Of the first classes or all, as far as they are known."""
+        return (self.images.classes if self.images else self.classes) or []
 
     def portable(self) -> "Card":
         """For others: without the absolute paths of this machine."""

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -105,7 +106,7 @@ def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
         average=average,
         accuracy=accuracy,
         evaluated_at=None if accuracy is None else state["step"],
-        images=_images(cfg),
+        **_said_of_shards(cfg),
         masks=Masks(mask_ratio=cfg.data.mask_ratio, whole_words=cfg.data.whole_words) if masked else None,
     )
     if average:
@@ -138,27 +139,30 @@ def _averages(checkpoint: Path) -> dict[str, Pieces]:
     return pieces
 
 
-def _images(cfg: Config) -> Images | None:
-    """What the shards say of the input, where they can still be read."""
+def _said_of_shards(cfg: Config) -> dict[str, Any]:
+    """The classes of labelled data, and how images become the input, where the shards can still be read."""
     data = cfg.data
-    if not isinstance(data, ImageDataConfig):
-        return None
+    if not isinstance(data, ImageDataConfig | SentenceDataConfig):
+        return {}
     try:
         info = ShardIndex.load(data.train, data.remote).info
     except UserError as error:
-        log.warning("%s; the network goes without its preprocessing", error)
-        return None
+        log.warning("%s; the network goes without its preprocessing and the names of its classes", error)
+        return {}
+    if isinstance(data, SentenceDataConfig):
+        return {"classes": info["classes"]}
 
     def each(values: list[float]) -> list[float]:
         """For each channel; of grey shards the same."""
         return values * cfg.model.channels if len(values) == 1 else values
 
-    return Images(
+    images = Images(
         mean=each(data.mean or info["mean"]),
         std=each(data.std or info["std"]),
         classes=info["classes"],
         resize=data.evaluation_resize(cfg.model.image_size),
     )
+    return {"images": images}
 
 
 def _tokenizer(cfg: Config) -> bytes | None:
