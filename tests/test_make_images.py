@@ -7,6 +7,7 @@ import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,7 +19,7 @@ from made import hashes, png, record_of, run_killed
 from PIL import Image
 
 from acn_scale.config import Config
-from acn_scale.data import build_stream
+from acn_scale.data import build_stream, tar
 from acn_scale.data.classes import read_classes
 from acn_scale.data.decode import Picture
 from acn_scale.data.image_sources import ImageSource, open_images
@@ -118,6 +119,40 @@ def test_other_sources_of_images(kind: str, pictures: list[Sample], tmp_path: Pa
     index = make_image_shards(source, "train", tmp_path / "out", shard_size=9, workers=2, streaming=streaming)
     assert written(tmp_path / "out") == pictures
     assert index.info["classes"] == (["0", "1", "2"] if kind == "wds" else CLASSES)
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "wds", "hf", "digits"])
+def test_some_images_of_a_source(
+    kind: str, pictures: list[Sample], class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the numbers asked for; all labels without the images. A file or row group is read once for all in it."""
+    writers = {"parquet": _parquet_by_hand, "wds": _webdataset, "hf": _hugging_face}
+    source = writers[kind](tmp_path, pictures) if kind in writers else kind
+    source = open_images({"folder": f"folder:{class_folders}", "hf": f"hf:{tmp_path}"}.get(kind, source), "train")
+    images = [*source.read(0, None)]
+    assert source.labels == [image.label for image in images]
+    read: list[tuple[int, Any]] = []
+    whole = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda file, group, columns: (
+        read.append((group, columns)) or whole(file, group, columns=columns)
+    ))  # fmt: skip
+    monkeypatch.setattr(tar, "_scan", lambda file, scan=tar._scan: read.append((0, None)) or scan(file))
+    chosen = [0, 1, 3, 5, 6, 7, 38, 39]
+    assert [*source.pick(chosen)] == [images[index] for index in chosen]
+    assert len(read) == {"parquet": 3, "wds": 2}.get(kind, 0)
+    read.clear()
+    assert source.labels and all(columns in (None, ["label"]) for _, columns in read)
+
+
+def test_a_tar_that_is_cut(tmp_path: Path) -> None:
+    with wds.TarWriter(f"{tmp_path}/in.tar") as writer:
+        for number in range(2):
+            writer.write({"__key__": f"{number}", "cls": "0", "jpg": picture(number)})
+    content = (tmp_path / "in.tar").read_bytes().rstrip(b"\0")
+    (tmp_path / "in.tar").write_bytes(content[:-99])
+    index = make_image_shards(f"wds:{tmp_path}/in.tar", "train", tmp_path / "out")
+    assert index.num_samples == 1
+    assert index.info["left_out"][0].startswith("1: the shard is cut: .jpg has ")
 
 
 def _cifar(folder: Path) -> tuple[np.ndarray, list[int]]:

@@ -207,9 +207,9 @@ def index_shards(folder: Path, *, classes: Sequence[str] | None = None, workers:
 
     def look(part: int) -> tuple[Shard, dict[str, Any], list[str]]:
         pixels, bad = Pixels(), []
-        for number, raw in enumerate(images.read_part(part, 0, images.sizes[part])):
+        for number, raw in enumerate(images.read_part(part, range(images.sizes[part]))):
             try:
-                if not raw.name.endswith(ENCODINGS):
+                if not (raw.problem or raw.name.endswith(ENCODINGS)):
                     raise BadData(f"no file that ends in one of {', '.join(ENCODINGS)}, which alone are read as images")
                 prepare(raw, None, pixels if number % every == 0 else None)
             except BadData as error:
