@@ -46,7 +46,7 @@ class Pixels:
     def add(self, image: Image.Image) -> None:
         image = narrowed(image)
         values = np.asarray(image.convert("RGB"), dtype=np.float64).reshape(-1, 3) / 255
-        self.images += 1  # from here on nothing can fail: what is left out counts for nothing
+        self.images += 1  # after all that can fail: what is left out counts for nothing
         self.colour |= image.mode not in ("1", "L")
         self.sums += [values.mean(0), np.square(values).mean(0)]
 
