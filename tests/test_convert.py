@@ -28,7 +28,7 @@ from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import UserError
 from acn_scale.models import build_model
 from acn_scale.models.connectivity import CONNECTIVITY
-from acn_scale.runs import run_folder
+from acn_scale.runs import read_metrics, run_folder
 
 CONVERT = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
 
@@ -212,6 +212,25 @@ def test_refused_checkpoints(
     theirs = exported(network(bert()), "hf")
     convert(f"hf:{theirs}", "safetensors", tmp_path / "again")
     assert read_model(tmp_path / "again").card.source == f"hf:{theirs.name}"
+
+
+def test_a_curve_is_the_network_s_own(two_ranks: Callable, vit: Callable[..., Config], tmp_path: Path) -> None:
+    """A checkpoint's is of its own step; without an evaluation there, and for an average, there is none."""
+    cfg = vit(train={"ema_decay": 0.5}, checkpoint={"keep": 9})
+    two_ranks(run, cfg)
+    folder = run_folder(cfg)
+    curves = {
+        line["step"]: [line[f"eval/depth_{depth:02d}/accuracy"] for depth in range(4)]
+        for line in read_metrics(folder)
+        if "eval/loss" in line
+    }
+    assert curves[10] != curves[20]
+    for step in (10, 20):
+        card = read_model(folder / "checkpoints" / f"step_{step:08d}").card
+        assert (card.accuracy, card.evaluated_at) == (curves[step], step)
+    out, between = tmp_path / "out", folder / "checkpoints" / "step_00000015"
+    assert f"{between} has no accuracy by depth of its own; give --depth" in complaint(between, out, tolerance=0.5)
+    assert "the average in " in complaint(folder, out, tolerance=0.5, average=True)
 
 
 def test_start_from(exported: Callable[..., Path]) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -19,6 +20,7 @@ from networks import bert, complaint, described, mixer, network, same, vit
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_models import randomize
+from test_pretrain import run
 from torch import Tensor
 
 from acn_scale.config import BertConfig, Config, MixerConfig, ModelConfig
@@ -32,19 +34,20 @@ from acn_scale.data.samples import Key
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.tokenizer import TOKENIZER_NAME, load_tokenizer, train_tokenizer
 from acn_scale.models import build_model
+from acn_scale.runs import run_folder
 
 
-def inputs_of(net: Network) -> tuple[dict[str, Tensor], Tensor]:
-    """A batch, and our logits: at every position where there is no class."""
+def inputs_of(net: Network, batch: int = 3, segments: int = 2) -> tuple[dict[str, Tensor], Tensor]:
+    """A batch, texts with so many segments, and our logits: at every position where there is no class."""
     model = net.card.model
     if not isinstance(model, BertConfig):
-        images = torch.randn(3, model.channels, model.image_size, model.image_size)
+        images = torch.randn(batch, model.channels, model.image_size, model.image_size)
         return {"pixel_values": images}, net.model(images)["logits"]
-    tokens, segments = torch.randint(5, model.vocab_size, (3, 7)), torch.randint(0, 2, (3, 7))
-    mask = torch.arange(7) < torch.tensor([[7], [5], [6]])
-    places = None if model.num_classes else torch.arange(7).expand(3, -1)
-    logits = net.model(tokens, places, segments=segments, mask=mask)["logits"]
-    return {"input_ids": tokens, "token_type_ids": segments, "attention_mask": mask.long()}, logits
+    tokens, parts = torch.randint(5, model.vocab_size, (batch, 7)), torch.randint(segments, (batch, 7))
+    mask = torch.arange(7) < torch.tensor([[7], [5], [6], [7], [1]])[:batch]
+    places = None if model.num_classes else torch.arange(7).expand(batch, -1)
+    logits = net.model(tokens, places, segments=parts, mask=mask)["logits"]
+    return {"input_ids": tokens, "token_type_ids": parts, "attention_mask": mask.long()}, logits
 
 
 def auto_class(model: ModelConfig) -> str:
@@ -87,6 +90,20 @@ def test_transformers(exported: Callable[..., Path], model: ModelConfig) -> None
         assert same(read_model(f"hf:{folder}"), net)
         theirs.save_pretrained(folder)  # as others would write it
         assert same(read_model(f"hf:{folder}"), net)
+
+
+@pytest.mark.parametrize("model", [bert(num_classes=1), bert(connectivity="acn", num_classes=1)], ids=described)
+def test_one_label_is_a_number(exported: Callable[..., Path], model: ModelConfig) -> None:
+    """Whose loss is the square of the error, with Transformers' own code as with ours."""
+    import transformers
+
+    net = network(model)
+    folder = exported(net, "hf")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    inputs, expected = inputs_of(net)
+    labels = torch.tensor([0.5, 2.25, 5.0])
+    loss = theirs(**inputs, labels=labels).loss
+    torch.testing.assert_close(loss, (expected.squeeze(-1) - labels).square().mean(), rtol=0, atol=1e-5)
 
 
 LIKE_BERT = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -200,28 +217,30 @@ def test_programs(exported: Callable[..., Path], model: ModelConfig) -> None:
     import onnxruntime
 
     net = network(model)
-    text = isinstance(model, BertConfig)
     session = onnxruntime.InferenceSession(exported(net, "onnx") / "model.onnx")
-    program = torch.export.load(exported(net, "export") / "model.pt2").module()
+    folder = exported(net, "export")
+    program = torch.export.load(folder / "model.pt2").module()
     names = [each.name for each in session.get_inputs()]
+    assert names == list(json.loads((folder / "config.json").read_text())["inputs"])
+    assert ("segments" in names) == (isinstance(model, BertConfig) and model.num_classes > 0)
+    theirs = {"images": "pixel_values", "tokens": "input_ids", "mask": "attention_mask", "segments": "token_type_ids"}
     for batch in (1, 5):
-        if text:
-            tokens, mask = torch.randint(300, (batch, 7)), torch.arange(7).expand(batch, -1) < 6
-            inputs = [tokens, mask]
-            places = None if model.num_classes else torch.arange(7).expand(batch, -1)
-            expected = net.model(tokens, places, mask=mask)["logits"]
-        else:
-            inputs = [torch.randn(batch, 3, 8, 8)]
-            expected = net.model(*inputs)["logits"]
+        given, expected = inputs_of(net, batch, segments=1 + ("segments" in names))
+        inputs = [given[theirs[name]] for name in names]
+        inputs = [each.bool() if name == "mask" else each for name, each in zip(names, inputs, strict=True)]
         torch.testing.assert_close(program(*inputs), expected, rtol=0, atol=1e-5)
         (got,) = session.run(None, dict(zip(names, (each.numpy() for each in inputs), strict=True)))
         torch.testing.assert_close(torch.from_numpy(got), expected, rtol=0, atol=1e-5)
 
 
+LETTERS = ["ệ", "ẹ", "ê", "é", "ǖ", "ü", "ガ", "カ", "각", "가", "ṩ", "ṣ"]
+# As files and keyboards have them: in parts, of two marks too, and at half the width.
+IN_PARTS = [*(unicodedata.normalize("NFD", letter) for letter in LETTERS), "ｶﾞ", "ｶ", "e\u0323"]
+
 WORDS = sorted({word for topic in topics.values() for word in topic.split()})
 
 LIKE_TEXT = st.lists(
-    st.sampled_from([*WORDS[::7], " ", " ", "  ", "\n", "\t", "\u00a0", "é", "ﬁ", "e\u0301", "\u2581"])
+    st.sampled_from([*WORDS[::7], *IN_PARTS, " ", " ", "  ", "\n", "\t", "\u00a0", "é", "ﬁ", "\u2581"])
 )
 
 ANY_TEXT = st.text() | LIKE_TEXT.map("".join)
@@ -229,11 +248,11 @@ ANY_TEXT = st.text() | LIKE_TEXT.map("".join)
 
 @pytest.fixture(scope="module", params=["unigram", "bpe"])
 def tokenizers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """Ours, and what Transformers loads."""
+    """Ours, and what Transformers loads; they know some letters with marks."""
     import transformers
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(topics.values(), 300, folder, model=request.param)
+    train_tokenizer([*topics.values(), *[" ".join(LETTERS)] * 100], 300, folder, model=request.param)
     out = folder / "hf"
     source = folder / "source"
     source.mkdir()
@@ -247,6 +266,7 @@ def tokenizers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def test_tokenizer(tokenizers: tuple[Any, Any], text: str) -> None:
     ours, theirs = tokenizers
     assume(not any(ours.IdToPiece(number) in text for number in range(5)))  # Transformers takes them for what they say
+    assume(ours.Normalize(text) == ours.Normalize(unicodedata.normalize("NFKC", text)))  # not so: marks in odd places
     expected, (first, *got, last) = ours.EncodeAsIds(text), theirs(text).input_ids
     assert (first, last) == (2, 3)
     if got != expected:  # two splits of the same score, such as == = and = ==, in another precision
@@ -255,6 +275,13 @@ def test_tokenizer(tokenizers: tuple[Any, Any], text: str) -> None:
         assert sum(scores[0]) == pytest.approx(sum(scores[1]), rel=1e-6)
         assert "".join(pieces[0]) == "".join(pieces[1])
         assert len(got) == len(expected)
+
+
+@pytest.mark.parametrize("text", IN_PARTS, ids=ascii)
+def test_tokenizer_joins_letters_and_marks(tokenizers: tuple[Any, Any], text: str) -> None:
+    ours, theirs = tokenizers
+    assert ours.EncodeAsIds(text)[-1] > 4  # no [UNK]
+    assert theirs(text).input_ids[1:-1] == ours.EncodeAsIds(text)
 
 
 def test_tokenizer_knows_the_special_pieces(tokenizers: tuple[Any, Any]) -> None:
@@ -292,6 +319,22 @@ def test_image_processor(tmp_path: Path, vit: Callable[..., Config], channels: i
     given = image if channels == 3 else image.convert("L")
     got = processor(given, return_tensors="pt").pixel_values
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_grey_shards_of_a_colour_model(
+    one_rank: Callable, vit: Callable[..., Config], exported: Callable[..., Path]
+) -> None:
+    """Its mean and deviation are written for every channel: others take no fewer."""
+    import transformers
+
+    cfg = vit(model={"channels": 3, "connectivity": "residual"}, train={"length": "1step"})
+    one_rank(run, cfg)
+    net = read_model(run_folder(cfg))
+    assert net.card.images.mean == ShardIndex.load(cfg.data.train).info["mean"] * 3
+    folder = exported(net, "hf")
+    assert read_model(f"hf:{folder}").card.images.std == net.card.images.std
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, use_fast=False)
+    assert processor(Image.new("RGB", (8, 8)), return_tensors="pt").pixel_values.shape == (1, 3, 8, 8)
 
 
 @pytest.mark.parametrize("model", [

@@ -433,6 +433,16 @@ def test_a_network_of_images_is_refused_by_its_kind(twins: list[Path], shards: P
         assert str(error.value) == f"train.init_from = {source}: a vit; data.kind = sentences takes a bert"
 
 
+def test_exports_name_the_classes(one_rank: Ranks, encoder: Path, shards: Path, tmp_path: Path) -> None:
+    cfg = fine_tuning(tmp_path, encoder, shards, "mnli", "train.length=1step")
+    one_rank(train_only, cfg)
+    convert(str(run_folder(cfg)), "safetensors", tmp_path / "export")
+    convert(str(tmp_path / "export"), "hf", tmp_path / "hf")
+    labels = json.loads((tmp_path / "hf/config.json").read_text())["id2label"]
+    assert list(labels.values()) == list(TASKS["mnli"].labels)
+    assert f"Classes: {', '.join(TASKS['mnli'].labels)}." in (tmp_path / "hf/README.md").read_text()
+
+
 def test_shards_of_another_task_are_refused(one_rank: Ranks, encoder: Path, shards: Path, tmp_path: Path) -> None:
     """With as many classes they would be measured, and be in the table of results. MNLI's network answers AX."""
     cfg = fine_tuning(tmp_path, encoder, shards, "mrpc")

@@ -22,8 +22,9 @@ from acn_scale.data.batch_plan import BatchPlan
 from acn_scale.data.decode import Box, Picture
 from acn_scale.data.images import CROPPING, random_box
 from acn_scale.data.samples import Batch
+from acn_scale.data.shards import ShardIndex
 from acn_scale.data.stream import Stream
-from acn_scale.errors import BadData
+from acn_scale.errors import BadData, UserError
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -213,6 +214,18 @@ def test_pixels_undo_the_normalisation(photo_run: Callable[..., Config]) -> None
         samples.decoder.decode(samples.reader.read(*samples.key(n)[1:]), 0, samples.key(n)[0])[0] for n in (0, 1)
     ]
     assert torch.equal(samples.decoder.pixels(images), torch.stack(decoded))
+
+
+def test_grey_models_of_colour_shards(vit: Callable[..., Config], photos: Path) -> None:
+    """Need to be told of one mean and deviation."""
+    index = ShardIndex.load(photos)
+    index.info.update({"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]})
+    index.save()
+    where = {"train": str(photos), "eval": str(photos), "augment": "crop_flip"}
+    with pytest.raises(UserError, match=r"model\.channels = 1: must be 3, as the training shards' images have"):
+        build_stream(vit(data=where))
+    cfg = vit(data=where | {"mean": [0.5], "std": [0.25]}, train={"global_batch_size": 8})
+    assert next(build_stream(cfg))["images"].shape == (8, 1, 8, 8)
 
 
 def test_images_travel_as_bytes(photo_run: Callable[..., Config]) -> None:

@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -16,8 +19,9 @@ from made import hashes, png, record_of, run_killed
 from PIL import Image
 
 from acn_scale.config import Config
-from acn_scale.data import build_stream
+from acn_scale.data import build_stream, tar
 from acn_scale.data.classes import read_classes
+from acn_scale.data.decode import Picture
 from acn_scale.data.image_sources import ImageSource, open_images
 from acn_scale.data.make import Making
 from acn_scale.data.make_images import describe_images, index_shards, make_image_shards
@@ -117,6 +121,40 @@ def test_other_sources_of_images(kind: str, pictures: list[Sample], tmp_path: Pa
     assert index.info["classes"] == (["0", "1", "2"] if kind == "wds" else CLASSES)
 
 
+@pytest.mark.parametrize("kind", ["folder", "parquet", "wds", "hf", "digits"])
+def test_some_images_of_a_source(
+    kind: str, pictures: list[Sample], class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the numbers asked for; all labels without the images. A file or row group is read once for all in it."""
+    writers = {"parquet": _parquet_by_hand, "wds": _webdataset, "hf": _hugging_face}
+    source = writers[kind](tmp_path, pictures) if kind in writers else kind
+    source = open_images({"folder": f"folder:{class_folders}", "hf": f"hf:{tmp_path}"}.get(kind, source), "train")
+    images = [*source.read(0, None)]
+    assert source.labels == [image.label for image in images]
+    read: list[tuple[int, Any]] = []
+    whole = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda file, group, columns: (
+        read.append((group, columns)) or whole(file, group, columns=columns)
+    ))  # fmt: skip
+    monkeypatch.setattr(tar, "_scan", lambda file, scan=tar._scan: read.append((0, None)) or scan(file))
+    chosen = [0, 1, 3, 5, 6, 7, 38, 39]
+    assert [*source.pick(chosen)] == [images[index] for index in chosen]
+    assert len(read) == {"parquet": 3, "wds": 2}.get(kind, 0)
+    read.clear()
+    assert source.labels and all(columns in (None, ["label"]) for _, columns in read)
+
+
+def test_a_tar_that_is_cut(tmp_path: Path) -> None:
+    with wds.TarWriter(f"{tmp_path}/in.tar") as writer:
+        for number in range(2):
+            writer.write({"__key__": f"{number}", "cls": "0", "jpg": picture(number)})
+    content = (tmp_path / "in.tar").read_bytes().rstrip(b"\0")
+    (tmp_path / "in.tar").write_bytes(content[:-99])
+    index = make_image_shards(f"wds:{tmp_path}/in.tar", "train", tmp_path / "out")
+    assert index.num_samples == 1
+    assert index.info["left_out"][0].startswith("1: the shard is cut: .jpg has ")
+
+
 def _cifar(folder: Path) -> tuple[np.ndarray, list[int]]:
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -162,14 +200,61 @@ def test_any_number_of_workers_writes_the_same(class_folders: Path, tmp_path: Pa
     assert hashes(tmp_path / "1") == hashes(tmp_path / "3")
 
 
+def test_tars_of_others_name_their_images(tmp_path: Path, vit: Callable[..., Config]) -> None:
+    """Capital letters are as small ones; what training does not read is listed, and alone it is refused."""
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "strange").mkdir()
+    names = [("mixed", "JPG", "JPEG"), ("mixed", "tif", "TIFF"), ("mixed", "PNG", "PNG"), ("strange", "bmp", "BMP")]
+    for number, (folder, extension, kind) in enumerate(names):
+        with tarfile.open(tmp_path / folder / "in.tar", "a") as tar:
+            for name, content in ((extension, picture(number, kind)), ("cls", b"0")):
+                member = tarfile.TarInfo(os.fsdecode(b"%d\xe9.%s" % (number, name.encode())))  # a Latin-1 name
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    index = index_shards(tmp_path / "mixed")
+    (unreadable,) = index.info["unreadable"]
+    assert unreadable.startswith("in.tar: 1\ufffd.tif: no file that ends in one of jpg, png, jpeg, webp")
+    pixels = [np.asarray(Image.open(io.BytesIO(picture(n, kind)))) / 255 for n, kind in ((0, "JPEG"), (2, "PNG"))]
+    assert index.info["mean"] == pytest.approx(np.mean([image.mean((0, 1)) for image in pixels], 0))
+    data = {"train": str(tmp_path / "mixed"), "eval": str(tmp_path / "mixed"), "on_bad_sample": "skip"}
+    cfg = vit(data=data | {"augment": "crop_flip"}, model={"channels": 3}, train={"global_batch_size": 2})
+    assert len(next(build_stream(cfg))["images"]) == 2
+    with pytest.raises(UserError, match=r"strange: none of its 1 images can be read: .*in.tar: 3.\.bmp: "):
+        index_shards(tmp_path / "strange")
+    assert not (tmp_path / "strange" / "index.json").exists()
+
+
 def test_what_is_no_image_is_left_out_and_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "in" / "a"
+    folder.mkdir(parents=True)
     for number, content in enumerate([picture(0), b"", picture(1)[:30], b"GIF87a", picture(2, "BMP")]):
-        (tmp_path / "in" / "a").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / "a" / f"{number}.jpg").write_bytes(content)
+        (folder / f"{number}.jpg").write_bytes(content)
+    (folder / "5.jpg").symlink_to(tmp_path / "gone")
+    (folder / os.fsdecode(b"6-\xe9.jpg")).symlink_to(tmp_path / "gone")  # a Latin-1 name
     index = make_image_shards(f"folder:{tmp_path}/in", "train", tmp_path / "out", shard_size=2)
     assert index.num_samples == 2
-    assert sorted(line[:8] for line in index.info["left_out"]) == ["a/1.jpg:", "a/2.jpg:", "a/3.jpg:"]
+    left_out = sorted(index.info["left_out"])
+    assert [line[:8] for line in left_out] == ["a/1.jpg:", "a/2.jpg:", "a/3.jpg:", "a/5.jpg:", "a/6-\udce9.jp"]
+    assert left_out[3] == "a/5.jpg: cannot be read: No such file or directory"
     assert {content[:4] for content, _ in written(tmp_path / "out")} == {picture(0)[:4], b"\x89PNG"}
+
+
+@pytest.mark.parametrize("resize", [None, 4])
+def test_16_bits_become_8(resize: int | None, tmp_path: Path) -> None:
+    """A value / 257, in the shards and their mean as when they are decoded; what has more bits is left out."""
+    values = np.random.default_rng(0).integers(0, 2**16, (6, 6), dtype=np.uint16)
+    expected = np.rint(values / 257).astype(np.uint8)
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    for kind, pixels in (("png", values), ("pgm", values), ("tif", values), ("wide.tif", values.astype(np.int32) * 3),
+                         ("real.tif", values.astype(np.float32))):  # fmt: skip
+        Image.fromarray(pixels).save(tmp_path / "in" / "a" / f"x.{kind}")
+    index = make_image_shards(f"folder:{tmp_path}/in", "train", tmp_path / "out", resize=resize)
+    left_out = sorted(index.info["left_out"])
+    assert left_out == ["a/x.real.tif: pixels that are fractions", "a/x.wide.tif: pixels that are not in 0..65535"]
+    decoded = [Picture(content, "L").pixels()[0].numpy() for content, _ in written(tmp_path / "out")]
+    assert len(decoded) == 3
+    assert all(np.array_equal(image, expected if resize is None else decoded[0]) for image in decoded)
+    assert index.info["mean"] == pytest.approx([np.mean(decoded) / 255])
 
 
 def test_resizing_keeps_what_is_small(tmp_path: Path) -> None:
@@ -253,6 +338,7 @@ def test_tars_of_others_get_an_index(pictures: list[Sample], tmp_path: Path, vit
         ("folder:/nowhere", "no such folder"),
         ("parquet:/nowhere/*.parquet", "no such file"),
         ("wds:/nowhere/x.tar", "no such file"),
+        ("wds:/nowhere/{0..3.tar", "each { must have its }"),
         ("cifar:/nowhere", "holds neither data_batch_1"),
         ("hf:/nowhere/set", "hf:/nowhere/set: "),
     ],

@@ -65,6 +65,16 @@ def test_text_that_cannot_be_read(content: bytes, source: str, message: str, tmp
         list(TextSources([f"{source}:{tmp_path}/file"]).documents())
 
 
+def test_half_of_a_character_is_replaced(tmp_path: Path) -> None:
+    """JSON can hold one, such as an emoji that was cut; no tokenizer takes it."""
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{word} \\ud83d"}}\n' for word in topics))
+    sources = TextSources([f"jsonl:{tmp_path}/a.jsonl"])
+    assert {document[-2:] for _, document in split_documents(sources, 0.0, Counts())} == {" ?"}
+    train_source_tokenizer(sources, 60, tmp_path / "tokenizer")
+    made = make_text_shards(sources, tmp_path / "tokenizer", tmp_path / "out", tokens=8, eval_share=0.1)
+    assert made["train"].num_samples > 0
+
+
 def test_weights_are_shares_of_the_characters(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("\n\n".join(f"{number:04d}{'a' * 6}" for number in range(1000)))
     (tmp_path / "b").write_text("\n\n".join(f"{number:04d}{'b' * 36}" for number in range(1000)))

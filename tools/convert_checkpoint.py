@@ -20,7 +20,7 @@ def main() -> None:
     cut = parser.add_mutually_exclusive_group()
     cut.add_argument("--depth", type=int, help="cut after so many blocks")
     cut.add_argument("--tolerance", type=points, metavar="POINTS", help="cut at the smallest depth whose accuracy in "
-        "the last evaluation is within so many points of full depth")  # fmt: skip
+        "the run's evaluation at the checkpoint's step is within so many points of full depth")  # fmt: skip
     add("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
     add("--ema", action="store_true", help="take the moving average of the weights")
     add("--out", type=Path, required=True, help="folder to write, new or empty")

@@ -44,8 +44,7 @@ def write_hugging_face(net: Network, folder: Path, dtype: str) -> None:
     save_weights(weights, folder)
     values |= {"dtype": TORCH_NAMES[dtype]}
     if model.num_classes:
-        images = net.card.images
-        classes = images.classes if images else []
+        classes = net.card.class_names()
         labels = [*classes, *(f"LABEL_{number}" for number in range(len(classes), model.num_classes))]
         values["id2label"] = {str(number): label for number, label in enumerate(labels)}
         values["label2id"] = {label: number for number, label in enumerate(labels)}

@@ -55,6 +55,8 @@ def _trained_on(card: Card) -> list[str]:
         lines.append(
             f"Classes: {len(card.images.classes)}. Pixels: mean {card.images.mean}, deviation {card.images.std}."
         )
+    elif card.classes:
+        lines.append(f"Classes: {', '.join(card.classes)}.")
     return lines
 
 

@@ -54,10 +54,15 @@ class Card(Section):
     step: int | None = None
     data: str | None = None  # what it was trained on
     average: bool = False  # whether these are the moving average of the weights
-    accuracy: list[float] | None = None  # 0..1 at depth 0 ... full_depth, by the run's last evaluation
+    accuracy: list[float] | None = None  # 0..1 at depth 0 ... full_depth, by the run's evaluation at this step
     evaluated_at: int | None = None  # the step of that evaluation
     images: Images | None = None  # None: for text, or not known
+    classes: list[str] | None = None  # of sentences; None: for images, which `images` names, or not known
     masks: Masks | None = None  # None: not a masked language model, or not known
+
+    def class_names(self) -> list[str]:
+        """Of the first classes or all, as far as they are known."""
+        return (self.images.classes if self.images else self.classes) or []
 
     def portable(self) -> "Card":
         """For others: without the absolute paths of this machine."""
@@ -108,7 +113,8 @@ class Network:
         if not 0 <= tolerance <= 100:
             raise UserError(f"--tolerance {tolerance}: must be 0 to 100 points of accuracy")
         if self.card.accuracy is None:
-            raise UserError(f"--tolerance {tolerance}: {self.card.source} has no accuracy by depth; give --depth")
+            network = f"the average in {self.card.source}" if self.card.average else self.card.source
+            raise UserError(f"--tolerance {tolerance}: {network} has no accuracy by depth of its own; give --depth")
         depth = max(1, cutoff(self.card.accuracy, tolerance))
         return self.cut(min(depth, self.card.model.depth))
 

@@ -17,29 +17,29 @@ BATCHES = (1, 3)  # checked, one other than the program was made with
 
 
 class Program(nn.Module):
-    """Inputs by position -> logits; a masked language model's at every position."""
+    """Inputs by position -> logits; a masked language model's at every position, with all segments 0."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (batch, channels, height, width) or tokens (batch, tokens) -> (batch, [tokens,] classes)."""
-        return self.model.head(self.model.trunk(self.model.embed(x)))
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (batch, channels, height, width) -> (batch, classes)."""
+        return self.model.head(self.model.trunk(self.model.embed(images)))
 
 
-class TextProgram(Program):
-    def __init__(self, model: nn.Module, *, masked: bool) -> None:
-        super().__init__(model)
-        self.masked = masked
-
+class LanguageProgram(Program):
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """tokens, mask: (batch, tokens), mask False at padding -> (batch, [tokens,] classes)."""
+        """tokens, mask: (batch, tokens), mask False at padding -> (batch, tokens, vocab_size)."""
         x = self.model.trunk(self.model.embed(tokens), mask)
-        places = (
-            torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1) if self.masked else None
-        )
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
         return self.model.head(x, places)
+
+
+class SentenceProgram(Program):
+    def forward(self, tokens: Tensor, mask: Tensor, segments: Tensor) -> Tensor:
+        """tokens, mask, segments: (batch, tokens), segments 1 in the second text of a pair -> (batch, classes)."""
+        return self.model.head(self.model.trunk(self.model.embed(tokens, segments), mask))
 
 
 def write_program(net: Network, folder: Path, dtype: str) -> None:
@@ -83,7 +83,9 @@ def write_onnx(net: Network, folder: Path, dtype: str) -> None:
 
 def _program(net: Network, dtype: str) -> Program:
     model, cfg = net.model.to(DTYPES[dtype]), net.card.model
-    return TextProgram(model, masked=not cfg.num_classes) if isinstance(cfg, BertConfig) else Program(model)
+    if not isinstance(cfg, BertConfig):
+        return Program(model)
+    return SentenceProgram(model) if cfg.num_classes else LanguageProgram(model)
 
 
 def _inputs(model: ModelConfig, batch: int, dtype: str) -> dict[str, Tensor]:
@@ -92,7 +94,9 @@ def _inputs(model: ModelConfig, batch: int, dtype: str) -> dict[str, Tensor]:
     if isinstance(model, BertConfig):
         tokens = torch.randint(model.vocab_size, (batch, model.max_tokens), generator=generator)
         lengths = torch.randint(1, model.max_tokens + 1, (batch, 1), generator=generator)
-        return {"tokens": tokens, "mask": torch.arange(model.max_tokens) < lengths}
+        inputs = {"tokens": tokens, "mask": torch.arange(model.max_tokens) < lengths}
+        segments = torch.randint(2, tokens.shape, generator=generator)
+        return inputs | ({"segments": segments} if model.num_classes else {})
     size = (batch, model.channels, model.image_size, model.image_size)
     return {"images": torch.randn(size, generator=generator).to(DTYPES[dtype])}
 

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from acn_scale.data.shards import ShardIndex
 from acn_scale.data.storage import read_file
 from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import UserError
-from acn_scale.runs import read_config, read_result
+from acn_scale.runs import read_config, read_metrics
 from acn_scale.zero import Pieces, frozen, kept
 
 log = logging.getLogger(__name__)
@@ -86,12 +87,6 @@ def _whole(checkpoint: Path) -> Path:
 def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
     run = checkpoint.absolute().parents[1]
     cfg = read_config(run)
-    accuracy, evaluated_at = None, None
-    try:
-        result = read_result(run)
-        accuracy, evaluated_at = result.accuracy, result.step
-    except UserError as error:
-        log.warning("%s; the network goes without its accuracy by depth", error)
     state = read_state(checkpoint)
     if state.get("short"):
         raise UserError(
@@ -100,6 +95,7 @@ def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
         )
     depth = state["layout"]["depth"]  # which a run may have cut
     masked = cfg.model.name == "bert" and not cfg.model.num_classes
+    accuracy = None if average else _accuracy(run, state["step"], depth)  # a run evaluates the weights themselves
     card = Card(
         model=cfg.model.model_copy(update={"depth": depth}),
         source=str(checkpoint),
@@ -109,8 +105,8 @@ def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
         data=cfg.data.train,
         average=average,
         accuracy=accuracy,
-        evaluated_at=evaluated_at,
-        images=_images(cfg),
+        evaluated_at=None if accuracy is None else state["step"],
+        **_said_of_shards(cfg),
         masks=Masks(mask_ratio=cfg.data.mask_ratio, whole_words=cfg.data.whole_words) if masked else None,
     )
     if average:
@@ -118,6 +114,18 @@ def _read_checkpoint(checkpoint: Path, average: bool) -> Network:
         return network(card, _averages(checkpoint) | still, _tokenizer(cfg))
     weights = {name: each["fp32"] for name, each in kept(checkpoint, state).items()}
     return network(card, weights, _tokenizer(cfg))
+
+
+def _accuracy(run: Path, step: int, depth: int) -> list[float] | None:
+    """At depth 0 ... `depth`, by the run's evaluation at this very step: of another step it is another network's."""
+    try:
+        found = [line for line in read_metrics(run) if line["step"] == step and "eval/loss" in line]
+        if not found:
+            raise UserError(f"{run}: was not evaluated at step {step}")
+    except UserError as error:
+        log.warning("%s; the network goes without its accuracy by depth", error)
+        return None
+    return [found[-1][f"eval/depth_{each:02d}/accuracy"] for each in range(depth + 1)]
 
 
 def _averages(checkpoint: Path) -> dict[str, Pieces]:
@@ -131,22 +139,30 @@ def _averages(checkpoint: Path) -> dict[str, Pieces]:
     return pieces
 
 
-def _images(cfg: Config) -> Images | None:
-    """What the shards say of the input, where they can still be read."""
+def _said_of_shards(cfg: Config) -> dict[str, Any]:
+    """The classes of labelled data, and how images become the input, where the shards can still be read."""
     data = cfg.data
-    if not isinstance(data, ImageDataConfig):
-        return None
+    if not isinstance(data, ImageDataConfig | SentenceDataConfig):
+        return {}
     try:
         info = ShardIndex.load(data.train, data.remote).info
     except UserError as error:
-        log.warning("%s; the network goes without its preprocessing", error)
-        return None
-    return Images(
-        mean=data.mean or info["mean"],
-        std=data.std or info["std"],
+        log.warning("%s; the network goes without its preprocessing and the names of its classes", error)
+        return {}
+    if isinstance(data, SentenceDataConfig):
+        return {"classes": info["classes"]}
+
+    def each(values: list[float]) -> list[float]:
+        """For each channel; of grey shards the same."""
+        return values * cfg.model.channels if len(values) == 1 else values
+
+    images = Images(
+        mean=each(data.mean or info["mean"]),
+        std=each(data.std or info["std"]),
         classes=info["classes"],
         resize=data.evaluation_resize(cfg.model.image_size),
     )
+    return {"images": images}
 
 
 def _tokenizer(cfg: Config) -> bytes | None:

@@ -17,6 +17,8 @@ def write_tokenizer(content: bytes, folder: Path, max_tokens: int) -> None:
     [CLS] first [SEP] second [SEP].
 
     Of two splits with the very same score (== = and = ==) it may take the other one: SentencePiece adds up in fp32.
+    Marks on a letter in another order than Unicode's, or on one that is spelled out (a ligature's), are joined to it,
+    which SentencePiece does not.
     Raises UserError for another file.
     """
     from google.protobuf.message import DecodeError  # here: needed for nothing else
@@ -56,11 +58,12 @@ def _added(number: int, piece: str) -> dict[str, Any]:
 
 def _normalizer(spec: Any) -> dict[str, Any]:
     """SentencePiece's own table of characters, then single spaces, none at the ends but its mark in front."""
-    steps: list[dict[str, Any]] = []
+    # Precompiled puts what the first mark makes of a letter for the letter with all of its marks: compose them before.
+    steps: list[dict[str, Any]] = [{"type": "NFKC"}] if "nfkc" in spec.name else []
     if spec.precompiled_charsmap:
         table = base64.b64encode(spec.precompiled_charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": table})
-    for pattern, content in (("^ +", ""), (" +$", ""), (" +", SPACE)):
+    for pattern, content in ((r"\A +", ""), (r" +\z", ""), (" +", SPACE)):
         steps.append({"type": "Replace", "pattern": {"Regex": pattern}, "content": content})
     steps.append({"type": "Prepend", "prepend": SPACE})
     return {"type": "Sequence", "normalizers": steps}

@@ -125,9 +125,9 @@ class AcnForSequenceClassification(AcnPreTrained):
         labels: Tensor | None = None,
         **_: Any,
     ) -> SequenceClassifierOutput:
-        """input_ids: (batch, tokens) -> logits (batch, num_labels); labels: (batch,)."""
+        """input_ids: (batch, tokens) -> logits (batch, num_labels); labels: (batch,), numbers where there is one."""
         logits = self.network.head(self.tokens_out(input_ids, attention_mask, token_type_ids))
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        loss = None if labels is None else self.network.loss(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 

@@ -65,6 +65,19 @@ class Picture:
         return _tensor(_converted(self.image, self.mode).crop((left, top, left + box.width, top + box.height)))
 
 
+def narrowed(image: Image.Image) -> Image.Image:
+    """The same; of 16 bits a pixel 8, the value / 257 rounded, where Pillow makes white of all above 255.
+
+    Raises BadData for pixels of more bits and for fractions: nothing tells which of them is white.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() >= 2**16:
+        raise BadData(f"pixels that are {'fractions' if image.mode == 'F' else 'not in 0..65535'}")
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+
+
 def _opened(content: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content))
@@ -74,7 +87,7 @@ def _opened(content: bytes) -> Image.Image:
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
     try:
-        return image.convert(mode)
+        return narrowed(image).convert(mode)
     except Exception as error:  # see above
         raise BadData(f"an image that cannot be decoded: {_reason(error)}") from None
 

@@ -38,10 +38,9 @@ class ImageFiles:
         """As a record of a shard. Raises BadData for a file that cannot be read."""
         if only == "cls":
             return {"cls": str(self.images.label(record)).encode()}
-        try:
-            image = self.images.image(record)
-        except OSError as error:
-            raise BadData(f"cannot be read: {error.strerror}") from None
+        image = self.images.image(record)
+        if image.problem:
+            raise BadData(image.problem)
         return {"jpg": image.content, "cls": str(image.label).encode()}
 
     def key(self, shard: int, record: int) -> str | None:

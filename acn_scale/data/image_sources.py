@@ -1,12 +1,15 @@
 """Images as people have them -> encoded images with class numbers, any range of them at once."""
 
+import bisect
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,20 +19,22 @@ from PIL import Image
 
 from acn_scale.data.cifar import read_cifar
 from acn_scale.data.classes import class_names, class_number
+from acn_scale.data.images import ENCODINGS
 from acn_scale.data.sources import EVAL_NAMES, files_identity, find_files, find_source, load_hugging_face, split_name
 from acn_scale.data.tar import Table
 from acn_scale.errors import BadData, UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+EXTENSIONS = (*(f".{name}" for name in ENCODINGS), ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 DIGITS_TRAIN = 1400  # of 1,797 images; the others are for evaluation
 
 
 class RawImage(NamedTuple):
-    """An image file's bytes; what its source calls it."""
+    """An image file's bytes, or what keeps them from being read; what its source calls it."""
 
     content: bytes
     label: int
     name: str
+    problem: str = ""
 
 
 class ImageSource(Protocol):
@@ -44,6 +49,20 @@ class ImageSource(Protocol):
         ...
 
 
+class RandomAccess(ABC):
+    """A source that knows how many images it has. `labels` are of all of them; no image is read for that."""
+
+    size: int
+    labels: Sequence[int]
+
+    @abstractmethod
+    def pick(self, indices: Sequence[int]) -> Iterator[RawImage]:
+        """The images of these numbers, which ascend."""
+
+    def read(self, start: int, stop: int | None) -> Iterator[RawImage]:
+        return self.pick(range(*slice(start, stop).indices(self.size)))
+
+
 def open_images(
     source: str, split: str, *, classes: Sequence[str] | None = None, streaming: bool = False
 ) -> ImageSource:
@@ -53,7 +72,7 @@ def open_images(
 
 
 @dataclass
-class Arrays:
+class Arrays(RandomAccess):
     """Small images that fit in memory, written as PNG."""
 
     images: np.ndarray  # (n, height, width[, 3]) uint8
@@ -68,9 +87,9 @@ class Arrays:
     def identity(self) -> str:
         return hashlib.sha256(self.images.tobytes() + bytes(self.labels)).hexdigest()
 
-    def read(self, start: int, stop: int | None) -> Iterator[RawImage]:
-        for image, label in zip(self.images[start:stop], self.labels[start:stop], strict=True):
-            yield RawImage(encode_png(Image.fromarray(image)), int(label), "")
+    def pick(self, indices: Sequence[int]) -> Iterator[RawImage]:
+        for index in indices:
+            yield RawImage(encode_png(Image.fromarray(self.images[index])), int(self.labels[index]), "")
 
 
 def encode_png(image: Image.Image) -> bytes:
@@ -97,7 +116,7 @@ def cifar(rest: str, split: str, classes: Sequence[str] | None, streaming: bool)
     return Arrays(*read_cifar(Path(rest), split))
 
 
-class Folder:
+class Folder(RandomAccess):
     """A folder for each class, ImageNet's layout. In an order drawn once, so that each shard has all classes.
 
     Classes are numbered in the order of their sorted names, as torchvision's ImageFolder and timm number ImageNet's.
@@ -124,23 +143,35 @@ class Folder:
         self.paths = [os.path.relpath(path, root) for path in paths]  # by class, then by name
         self._order = np.random.default_rng(0).permutation(len(paths))
         self.size = len(paths)
-        self.identity = hashlib.sha256("\n".join(self.paths[number] for number in self._order).encode()).hexdigest()
+        names = "\n".join(self.paths[number] for number in self._order)
+        self.identity = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
     def number(self, classes: Sequence[str]) -> None:
         """Number the classes in this order, which must have all of them."""
         self.classes, self._numbers = classes, {name: number for number, name in enumerate(classes)}
 
-    def read(self, start: int, stop: int | None) -> Iterator[RawImage]:
-        for number in self._order[start:stop]:
-            yield self.image(number)
+    @property
+    def labels(self) -> list[int]:
+        return [self.label(number) for number in self._order]
+
+    def pick(self, indices: Sequence[int]) -> Iterator[RawImage]:
+        for index in indices:
+            yield self.image(self._order[index])
 
     def image(self, number: int) -> RawImage:
         """Of paths[number]."""
         path = self.paths[number]
-        return RawImage((self.root / path).read_bytes(), self.label(number), path)
+        return _read(self.root / path, self.label(number), path)
 
     def label(self, number: int) -> int:
         return self._numbers[self.paths[number].split(os.sep, 1)[0]]
+
+
+def _read(path: Path, label: int, name: str) -> RawImage:
+    try:
+        return RawImage(path.read_bytes(), label, name)
+    except OSError as error:
+        return RawImage(b"", label, name, f"cannot be read: {error.strerror}")
 
 
 def _class_folders(root: Path) -> list[str]:
@@ -158,25 +189,27 @@ def _images_under(folder: Path) -> list[str]:
 
 
 @dataclass
-class Parts:
-    """Images in files that each hold many: finds the files of a range and leaves reading these to others."""
+class Parts(RandomAccess):
+    """Images in files that each hold many: finds the file of each and leaves reading these to others, once for all the
+    images that are asked for."""
 
     classes: Sequence[str]
     identity: str
     sizes: Sequence[int]  # images in each part
-    read_part: Callable[[int, int, int], Iterator[RawImage]]  # part, start, stop
-    size: int = field(init=False)
+    read_part: Callable[[int, Sequence[int]], Iterator[RawImage]]  # the images of these rows of a part
+    labels_of: Callable[[int], Iterable[int]]  # all of a part
 
     def __post_init__(self) -> None:
-        self.size = sum(self.sizes)
+        self.starts = [0, *itertools.accumulate(self.sizes)]
+        self.size = self.starts.pop()
 
-    def read(self, start: int, stop: int | None) -> Iterator[RawImage]:
-        stop = self.size if stop is None else min(stop, self.size)
-        first = 0
-        for part, size in enumerate(self.sizes):
-            if max(start, first) < min(stop, first + size):
-                yield from self.read_part(part, max(start - first, 0), min(stop - first, size))
-            first += size
+    @property
+    def labels(self) -> list[int]:
+        return [label for part in range(len(self.sizes)) for label in self.labels_of(part)]
+
+    def pick(self, indices: Sequence[int]) -> Iterator[RawImage]:
+        for part, group in itertools.groupby(indices, lambda index: bisect.bisect_right(self.starts, index) - 1):
+            yield from self.read_part(part, [index - self.starts[part] for index in group])
 
 
 def parquet(rest: str, split: str, classes: Sequence[str] | None, streaming: bool) -> Parts:
@@ -200,16 +233,24 @@ def parquet(rest: str, split: str, classes: Sequence[str] | None, streaming: boo
         raise UserError(f"parquet:{rest}: {str(error).splitlines()[0]}") from None
     numbers = {name: number for number, name in enumerate(classes)}
 
-    def read(part: int, start: int, stop: int) -> Iterator[RawImage]:
+    def number(part: int, row: int, value: Any) -> int:
         path, group = groups[part]
-        table = pq.ParquetFile(path).read_row_group(group, columns=[image, label]).slice(start, stop - start)
-        for offset, (content, value) in enumerate(zip(table[image], table[label], strict=True)):
-            content, value = content.as_py(), value.as_py()
-            content = content.get("bytes") if isinstance(content, dict) else content
-            where = f"{path.name}: row group {group}, row {start + offset}"
-            yield RawImage(content or b"", class_number(value, numbers, where), f"{path.stem}-{group}-{start + offset}")
+        return class_number(value, numbers, f"{path.name}: row group {group}, row {row}")
 
-    return Parts(classes, files_identity(paths), sizes, read)
+    def read(part: int, rows: Sequence[int]) -> Iterator[RawImage]:
+        path, group = groups[part]
+        table = pq.ParquetFile(path).read_row_group(group, columns=[image, label])
+        for row in rows:
+            content, value = table[image][row].as_py(), table[label][row].as_py()
+            content = content.get("bytes") if isinstance(content, dict) else content
+            yield RawImage(content or b"", number(part, row, value), f"{path.stem}-{group}-{row}")
+
+    def labels_of(part: int) -> Iterator[int]:
+        path, group = groups[part]
+        values = pq.ParquetFile(path).read_row_group(group, columns=[label])[label].to_pylist()
+        return (number(part, row, value) for row, value in enumerate(values))
+
+    return Parts(classes, files_identity(paths), sizes, read, labels_of)
 
 
 def _columns(path: Path, schema: Any) -> tuple[str, str, list[str] | None]:
@@ -251,31 +292,48 @@ def webdataset(rest: str, split: str, classes: Sequence[str] | None, streaming: 
             raise UserError(f"{path}: {error}") from None
         sizes.append(len(table.places))
         if classes is None:
-            labels |= {_label(table.read(record), f"{path}: {table.key(record)}") for record in range(sizes[-1])}
+            labels |= {_label(table, record, path) for record in range(sizes[-1])}
     if classes is None and (words := [label for label in labels if not isinstance(label, int)]):
         raise UserError(f"wds:{rest}: label {words[0]!r}: --classes must name the classes in their order")
     numbers = {name: number for number, name in enumerate(classes or class_names(labels))}
 
-    def read(part: int, start: int, stop: int) -> Iterator[RawImage]:
+    def number(table: Table, record: int, path: Path) -> int:
+        return class_number(_label(table, record, path), numbers, f"{path}: {table.key(record)}")
+
+    def read(part: int, records: Sequence[int]) -> Iterator[RawImage]:
         path = paths[part]
         table = Table(path)
-        for record in range(start, stop):
-            where, files = f"{path}: {table.key(record)}", table.read(record)
-            image = next((files[name] for name in files if f".{name}" in EXTENSIONS), b"")
-            yield RawImage(image, class_number(_label(files, where), numbers, where), table.key(record))
+        for record in records:
+            label = number(table, record, path)
+            try:
+                files, problem = table.read(record), ""
+            except BadData as error:
+                files, problem = {}, str(error)
+            extension = next((name for name in EXTENSIONS if name[1:] in files), "")
+            yield RawImage(files.get(extension[1:], b""), label, table.key(record) + extension, problem)
 
-    return Parts(list(numbers), files_identity(paths), sizes, read)
+    def labels_of(part: int) -> Iterator[int]:
+        path = paths[part]
+        table = Table(path)
+        return (number(table, record, path) for record in range(sizes[part]))
+
+    return Parts(list(numbers), files_identity(paths), sizes, read, labels_of)
 
 
-def _label(files: dict[str, bytes], where: str) -> int | str:
+def _label(table: Table, record: int, path: Path) -> int | str:
+    try:
+        files = table.read(record, only="cls") or table.read(record)
+    except BadData as error:
+        raise UserError(f"{path}: {table.key(record)}: {error}") from None
     if "cls" not in files:
-        raise UserError(f"{where}: has no .cls, but {', '.join(files)}")
+        raise UserError(f"{path}: {table.key(record)}: has no .cls, but {', '.join(files)}")
     text = files["cls"].decode(errors="replace").strip()
     return int(text) if re.fullmatch("[0-9]{1,9}", text) else text
 
 
-class HuggingFace:
-    """A data set of the hub or a local folder; when it streams, it is only read from its beginning on."""
+class HuggingFace(RandomAccess):
+    """A data set of the hub or a local folder; when it streams, it is only read from its beginning on and has no
+    size."""
 
     def __init__(self, rest: str, split: str, classes: Sequence[str] | None, streaming: bool) -> None:
         import datasets
@@ -300,17 +358,30 @@ class HuggingFace:
         self.identity = hashlib.sha256(repr(state).encode()).hexdigest()
 
     def read(self, start: int, stop: int | None) -> Iterator[RawImage]:
-        if self.size is None:
-            rows = self._data.skip(start) if stop is None else self._data.skip(start).take(stop - start)
-        else:
-            rows = (self._data[number] for number in range(start, min(stop or self.size, self.size)))
-        for number, row in enumerate(rows, start):
+        if self.size is not None:
+            return super().read(start, stop)
+        rows = self._data.skip(start)
+        return self._images(enumerate(rows if stop is None else rows.take(stop - start), start))
+
+    @property
+    def labels(self) -> list[int]:
+        return [self._class(number, label) for number, label in enumerate(self._data[self._label])]
+
+    def pick(self, indices: Sequence[int]) -> Iterator[RawImage]:
+        return self._images((index, self._data[index]) for index in indices)
+
+    def _class(self, number: int, label: Any) -> int:
+        return class_number(label, self._numbers, f"row {number}")
+
+    def _images(self, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[RawImage]:
+        for number, row in rows:
             image = row[self._image] or {}
-            content = image.get("bytes")
-            if content is None and image.get("path"):
-                content = Path(image["path"]).read_bytes()
-            label = class_number(row[self._label], self._numbers, f"row {number}")
-            yield RawImage(content or b"", label, Path(image.get("path") or "").name)
+            content, path = image.get("bytes"), Path(image.get("path") or "")
+            label = self._class(number, row[self._label])
+            if content is None and path.name:
+                yield _read(path, label, path.name)
+            else:
+                yield RawImage(content or b"", label, path.name)
 
 
 IMAGE_SOURCES: dict[str, Callable[..., ImageSource]] = {

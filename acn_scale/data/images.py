@@ -51,9 +51,11 @@ class ImageDecoder(Decoder):
             raise UserError(f"model.num_classes = {model.num_classes}: {index.folder} has {len(classes)} classes")
         self.cfg, self.model, self.training, self.noise = cfg, model, training, noise
         self.mode = {1: "L", 3: "RGB"}[model.channels]
-        self.mean, self.std = (
-            torch.tensor(values).view(-1, 1, 1) for values in (cfg.mean or stats["mean"], cfg.std or stats["std"])
-        )
+        mean, std = cfg.mean or stats["mean"], cfg.std or stats["std"]
+        if strange := {len(mean), len(std)} - {1, model.channels}:
+            others = f"{strange.pop()}, as the training shards' images have, or data.mean and data.std be given"
+            raise UserError(f"model.channels = {model.channels}: must be {others}")
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
         self.erase = v2.RandomErasing(cfg.random_erasing, value="random", inplace=True)  # noise, as timm's "pixel"
         self.as_bytes = training and cfg.mixup == 0 and cfg.random_erasing == 0
         self.transforms = self._transforms()

@@ -16,7 +16,9 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from acn_scale.data.decode import narrowed
 from acn_scale.data.image_sources import ImageSource, RawImage, encode_png, open_images
+from acn_scale.data.images import ENCODINGS
 from acn_scale.data.make import Making, describe, in_order
 from acn_scale.data.selection import select
 from acn_scale.data.shards import INDEX_NAME, ShardIndex
@@ -42,9 +44,10 @@ class Pixels:
     sums: np.ndarray = field(default_factory=lambda: np.zeros((2, 3)))  # of the values and of their squares
 
     def add(self, image: Image.Image) -> None:
-        self.images += 1
-        self.colour |= image.mode not in ("1", "L")
+        image = narrowed(image)
         values = np.asarray(image.convert("RGB"), dtype=np.float64).reshape(-1, 3) / 255
+        self.images += 1  # after all that can fail: what is left out counts for nothing
+        self.colour |= image.mode not in ("1", "L")
         self.sums += [values.mean(0), np.square(values).mean(0)]
 
     def merge(self, notes: dict[str, Any]) -> None:
@@ -146,7 +149,7 @@ def _write(
     def records() -> Iterator[dict[str, Any]]:
         for position, image in enumerate(raw, number * shard_size):
             try:
-                extension, content = prepare(image.content, shrink, pixels if position % every == 0 else None)
+                extension, content = prepare(image, shrink, pixels if position % every == 0 else None)
             except BadData as error:
                 left_out.append(f"{image.name or f'image {position}'}: {error}")
                 continue
@@ -163,6 +166,7 @@ def shrunk(image: Image.Image, *, resize: int, square: bool) -> Image.Image:
     """With a shorter side of `resize` at most, or its middle as a square of that; the same object where that is so."""
     if image.size == (resize, resize) or (not square and min(image.size) <= resize):
         return image
+    image = narrowed(image)
     image = image if image.mode in ("L", "RGB") else image.convert("RGB")
     if square:
         return ImageOps.fit(image, (resize, resize), Image.Resampling.BICUBIC)
@@ -170,19 +174,22 @@ def shrunk(image: Image.Image, *, resize: int, square: bool) -> Image.Image:
     return image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
 
 
-def prepare(content: bytes, shrink: Shrink | None, pixels: Pixels | None) -> tuple[str, bytes]:
+def prepare(raw: RawImage, shrink: Shrink | None, pixels: Pixels | None) -> tuple[str, bytes]:
     """(extension, image file) to write for an image file, whose pixels are measured. Raises BadData for no image."""
+    if raw.problem:
+        raise BadData(raw.problem)
     try:
-        original = Image.open(io.BytesIO(content))
+        original = Image.open(io.BytesIO(raw.content))
         kind, image = original.format, shrink(original) if shrink else original
         if pixels is not None:
             pixels.add(image)
         if kind in KEPT and image is original:
-            return KEPT[kind], content
+            return KEPT[kind], raw.content
         if kind == "JPEG":
             buffer = io.BytesIO()
             image.save(buffer, format="JPEG", quality=QUALITY)
             return "jpg", buffer.getvalue()
+        image = narrowed(image)
         return "png", encode_png(image if image.mode in ("1", "L", "RGB") else image.convert("RGB"))
     except Exception as error:  # damaged files fail in every way that Pillow's decoders can
         raise BadData(str(error).replace("<_io.BytesIO", "<the file") or type(error).__name__) from None
@@ -200,9 +207,11 @@ def index_shards(folder: Path, *, classes: Sequence[str] | None = None, workers:
 
     def look(part: int) -> tuple[Shard, dict[str, Any], list[str]]:
         pixels, bad = Pixels(), []
-        for number, raw in enumerate(images.read_part(part, 0, images.sizes[part])):
+        for number, raw in enumerate(images.read_part(part, range(images.sizes[part]))):
             try:
-                prepare(raw.content, None, pixels if number % every == 0 else None)
+                if not (raw.problem or raw.name.endswith(ENCODINGS)):
+                    raise BadData(f"no file that ends in one of {', '.join(ENCODINGS)}, which alone are read as images")
+                prepare(raw, None, pixels if number % every == 0 else None)
             except BadData as error:
                 bad.append(f"{paths[part].name}: {raw.name}: {error}")
         return describe(paths[part], images.sizes[part]), pixels.notes(), bad
@@ -215,6 +224,8 @@ def index_shards(folder: Path, *, classes: Sequence[str] | None = None, workers:
         bad += unreadable
     for line in bad[:10]:
         log.warning("cannot be read: %s", line)
+    if not pixels.images:
+        raise UserError(f"{folder}: none of its {images.size} images can be read: {bad[:1]}")
     info = {"kind": "images", "source": "index_shards", "classes": list(images.classes), **pixels.info()}
     index = ShardIndex(folder, shards, info | {"rows_per_record": 1, "unreadable": bad})
     index.save()
@@ -239,7 +250,7 @@ def describe_images(
     sizes, bad = [], []
     for raw in islice(images.read(0, 100), 100):
         try:
-            extension, _ = prepare(raw.content, None, None)
+            extension, _ = prepare(raw, None, None)
             content[extension] += 1
             sizes.append(len(raw.content))
         except BadData as error:

@@ -69,7 +69,7 @@ def train_source_tokenizer(
 
 
 def _hash(document: str) -> int:
-    return int.from_bytes(hashlib.sha256(document.encode(errors="replace")).digest()[16:24])
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[16:24])
 
 
 def _progress(documents: Iterator[tuple[bool, str]]) -> Iterator[tuple[bool, str]]:

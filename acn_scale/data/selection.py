@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from acn_scale.data.image_sources import ImageSource, RawImage
+from acn_scale.data.image_sources import ImageSource, RandomAccess, RawImage
 from acn_scale.errors import UserError
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(RandomAccess):
     """A source like any other."""
 
-    source: ImageSource
-    indices: Sequence[int]
+    source: RandomAccess
+    indices: Sequence[int]  # in the source, ascending
+    labels: Sequence[int]  # here
     classes: Sequence[str]
-    first: int  # the class that is number 0 here
 
     @property
     def size(self) -> int:
@@ -27,10 +27,10 @@ class Selection:
     def identity(self) -> str:
         return hashlib.sha256(f"{self.source.identity} {list(self.indices)}".encode()).hexdigest()
 
-    def read(self, start: int, stop: int | None) -> Iterator[RawImage]:
-        for index in self.indices[start:stop]:
-            for image in self.source.read(index, index + 1):
-                yield image._replace(label=image.label - self.first)
+    def pick(self, indices: Sequence[int]) -> Iterator[RawImage]:
+        images = self.source.pick([self.indices[index] for index in indices])
+        for index, image in zip(indices, images, strict=True):
+            yield image._replace(label=self.labels[index])
 
 
 def select(
@@ -53,7 +53,7 @@ def select(
     if first_classes is not None and first_classes > len(left):
         raise UserError(f"--first-classes {first_classes}: must be {len(left)} at most, of the classes that there are")
     classes = left[:first_classes]
-    labels = np.array([image.label for image in source.read(0, source.size)]) - skip_classes
+    labels = np.array(source.labels) - skip_classes
     order = np.random.default_rng(0).permutation(source.size)
-    chosen = [order[labels[order] == label][:per_class] for label in range(len(classes))]
-    return Selection(source, sorted(np.concatenate(chosen).tolist()), classes, skip_classes)
+    chosen = np.sort(np.concatenate([order[labels[order] == label][:per_class] for label in range(len(classes))]))
+    return Selection(source, chosen.tolist(), labels[chosen].tolist(), classes)

@@ -34,8 +34,11 @@ def find_source(source: str, sources: Mapping[str, Callable[..., Any]]) -> tuple
 
 def find_files(pattern: str) -> list[Path]:
     """The files of a pattern such as "wiki/*.txt" or "shard-{000..146}.tar", sorted. Raises UserError if there are
-    none."""
-    patterns = braceexpand.braceexpand(pattern)
+    none, or it is no such pattern."""
+    try:
+        patterns = list(braceexpand.braceexpand(pattern))
+    except braceexpand.UnbalancedBracesError:
+        raise UserError(f"{pattern}: each {{ must have its }}, as in {{000..146}}") from None
     files = sorted({Path(name) for each in patterns for name in glob.glob(each, recursive=True)})
     files = [path for path in files if path.is_file()]
     if not files:

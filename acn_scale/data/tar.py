@@ -57,12 +57,12 @@ def _scan(file: BinaryIO) -> tuple[np.ndarray, list[str], np.ndarray]:
         for name, start, size in members(file):
             key, extension = base_plus_ext(name)
             if key is not None:
-                records.setdefault(key, {})[extension] = (start, size)
+                records.setdefault(key, {})[extension.lower()] = (start, size)  # as webdataset does
     except (tarfile.TarError, OSError, ValueError) as error:
         if not records:
             raise BadData(f"not a readable tar: {error}") from None
     # Of fixed width: a tenth of what strings take.
-    keys = np.array([key.encode() for key in records], dtype=bytes)
+    keys = np.array([key.encode(errors="surrogateescape") for key in records], dtype=bytes)
     extensions = sorted({extension for files in records.values() for extension in files})
     places = np.full((len(records), len(extensions), 2), -1, dtype=np.int64)
     for row, files in zip(places, records.values(), strict=True):

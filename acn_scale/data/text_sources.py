@@ -70,14 +70,15 @@ class Counts:
 
 
 def split_documents(sources: TextSources, eval_share: float, counts: Counts) -> Iterator[tuple[bool, str]]:
-    """(whether it is for evaluation, document): exact duplicates left out, all counted.
+    """(whether it is for evaluation, document): exact duplicates left out, all counted; half characters become "?".
 
     A document's own hash decides on its side, so that it never changes it, whatever it comes with. The hashes of all
     documents are kept, in about 100 bytes each.
     """
     seen: set[int] = set()
     for number, document in sources.documents():
-        digest = hashlib.sha256(document.encode(errors="replace")).digest()
+        encoded = document.encode(errors="replace")  # JSON can hold half of a surrogate pair, which no tokenizer takes
+        digest = hashlib.sha256(encoded).digest()
         counts.read += 1
         identity = int.from_bytes(digest[8:16])
         if identity in seen:
@@ -91,7 +92,7 @@ def split_documents(sources: TextSources, eval_share: float, counts: Counts) -> 
             counts.eval += 1
         else:
             counts.train += 1
-        yield held_out, document
+        yield held_out, encoded.decode()
 
 
 def plain_text(rest: str, sources: TextSources) -> Iterator[str]:
