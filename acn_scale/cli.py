@@ -99,6 +99,14 @@ def points(text: str) -> float:
     return value
 
 
+def positive_number(text: str) -> float:
+    """Above 0, for argparse."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    return value
+
+
 def share(text: str) -> float:
     """A number from 0 to 1, for argparse."""
     value = float(text)

@@ -163,7 +163,8 @@ def depth_figure(
     """Accuracy over depth, a curve for each name, with its cut-off marked, and a band where intervals are given."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    many = len(curves) > 6  # more than there is room for beside the curves
+    figure = Figure(figsize=(6, 4 + many * 0.11 * len(curves)), layout="constrained")
     axes = figure.subplots()
     for name, accuracy in curves.items():
         cut = cutoff(accuracy, tolerance)
@@ -178,5 +179,8 @@ def depth_figure(
     axes.set_ylabel("accuracy (%)")
     axes.set_title(f"Readout at every depth; rings: cut-off within {tolerance} points")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if many:
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    else:
+        axes.legend()
     return figure

@@ -49,6 +49,10 @@ class Cluster:
     link: float  # bytes that each GPU sends in a second
     price: float  # of an hour of one GPU; 0 leaves it out
 
+    def __post_init__(self) -> None:
+        if self.mfu == 0:
+            raise UserError("--mfu 0: must be above 0")
+
     @property
     def gpus(self) -> int:
         return self.nodes * self.gpus_per_node

@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from acn_scale.cli import exit_on_user_error, positive
+from acn_scale.errors import UserError
 
 WHAT = ("data", "model", "loop", "inference", "checkpoint")
 RUNS = [Path("runs/quickstart/ac_vit"), Path("runs/quickstart/residual_vit")]
@@ -29,6 +30,11 @@ def main() -> None:
     parser.add_argument("--threads", type=positive, help="of each side (default: PyTorch's; data always has one)")
     parser.add_argument("--json", type=Path, help="file to write the rows to, an object a line")
     args = parser.parse_args()
+
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: {args.json.parent} is not a folder")
+    if args.images and not args.images.is_dir():
+        raise UserError(f"--images {args.images}: no such folder")
 
     from acn_scale.benchmark.groups import Inputs, measure
     from acn_scale.benchmark.rows import save, table

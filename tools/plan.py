@@ -7,7 +7,7 @@ days and GPU hours, for the GPUs at hand and from 1 to 4,096 of them.
 import argparse
 from pathlib import Path
 
-from acn_scale.cli import exit_on_user_error, load_config, positive, share
+from acn_scale.cli import exit_on_user_error, load_config, positive, positive_number, share
 from acn_scale.hardware import DEVICES
 
 
@@ -20,9 +20,9 @@ def main() -> None:
     add("--gpus-per-node", type=positive, default=8, help="GPUs of each (default: 8)")
     add("--gpu", choices=DEVICES, default="h100-80gb", help="(default: h100-80gb)")
     add("--mfu", type=share, default=0.4, help="share of the peak rate that the model reaches (default: 0.4)")
-    add("--link", type=float, default=25.0, metavar="GB/S", help="what each GPU sends in a second, in 1e9 bytes "
+    add("--link", type=positive_number, default=25.0, metavar="GB/S", help="what each GPU sends in a second, in 1e9 bytes "
         "(default: 25)")  # fmt: skip
-    add("--price", type=float, default=0.0, help="of an hour of one GPU: adds the cost")
+    add("--price", type=positive_number, default=0.0, help="of an hour of one GPU: adds the cost")
     add("--samples", type=positive, help="of an epoch, where the shards are not made yet")
     args = parser.parse_intermixed_args()
 

@@ -119,7 +119,7 @@ def timm_step(cfg: Config, folder: Path, steps: int) -> Iterator[Measure]:
 def _peer(model, loss, batches, cfg: Config, steps: int, device: torch.device) -> Measure:
     """A bare PyTorch loop's step, in bf16 by autocast."""
     model.train().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=work.LR, weight_decay=work.WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=work.LR, weight_decay=work.WEIGHT_DECAY, fused=True)
 
     def step() -> None:
         batch = {name: values.to(device, non_blocking=True) for name, values in next(batches).items()}
