@@ -1,16 +1,19 @@
 """Checkpoints are whole or not there, are chosen and kept as they should be, and fit any number of ranks and stage."""
 
+import contextlib
 import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_pretrain import measured, named, refused, run, run_until
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from acn_scale import distributed
+from acn_scale import distributed, reshape
 from acn_scale.checkpoint import Checkpoints, complete, damage, load, read_state
 from acn_scale.config import Config
 from acn_scale.convert import read_model
@@ -172,6 +175,34 @@ def test_other_stages_in_16_bits(
     expected, got = ([line["train/loss"] for line in measured(cfg) if "train/lr" in line] for cfg in (whole, broken))
     assert got == pytest.approx(expected, abs=0.02)
     assert f"reshaped step_00000005 from 1 block on 2 ranks at ZeRO-{first} to 1 block on 1 rank" in said(broken)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_counters_go_where_the_optimizer_makes_them(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """On a GPU, a made-up one: what the fused AdamW keeps must lie there, or its first step after a reshape fails."""
+    monkeypatch.setattr(reshape.distributed, "together", contextlib.nullcontext)
+    with FakeTensorMode():
+        model = torch.nn.Linear(3, 2, device="cuda")
+        fresh, resumed = (torch.optim.AdamW(model.parameters(), fused=fused) for _ in range(2))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        fresh.step()
+        kept = {
+            name: {key: [torch.zeros(())] if key == "step" else [torch.zeros(weight.shape)]
+                   for key in ("fp32", "exp_avg", "exp_avg_sq", "step")}
+            for name, weight in model.named_parameters()
+        }  # fmt: skip
+        monkeypatch.setattr(reshape.zero, "kept", lambda *_: kept)
+        engine = SimpleNamespace(
+            module=model, optimizer=resumed, zero_optimization_stage=lambda: 0, fp16_enabled=lambda: False
+        )
+        reshape.load(engine, Path(), {"lamb_step": None})
+        devices = [
+            {key: value.device for state in optimizer.state.values() for key, value in state.items()}
+            for optimizer in (fresh, resumed)
+        ]
+    assert devices[0] == devices[1]
+    assert devices[1]["step"].type == ("cuda" if fused else "cpu")
 
 
 @pytest.fixture
