@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -17,14 +18,15 @@ import torch
 from acn_scale import distributed, reshape
 from acn_scale.config import Config
 from acn_scale.data.stream import Stream
-from acn_scale.errors import UserError
+from acn_scale.errors import RunFailed, UserError
 from acn_scale.runs import read_json, run_folder, write_json
 
 log = logging.getLogger(__name__)
 
 STATE_NAME = "state.json"  # written last: a folder without it is not a checkpoint
 LAST_WAIT = 10.0  # seconds for the other ranks' parts when this rank fails
-POLL = 0.05  # seconds between two looks for the other ranks' parts
+POLL = 0.05  # seconds between two looks for what other ranks have written
+SIGHT = 120.0  # seconds until each rank must see what rank 0 does: network file systems show a listing of a minute ago
 
 
 class Checkpoints:
@@ -88,10 +90,23 @@ class Checkpoints:
             self._writer = None
 
     def newest(self) -> Path | None:
-        """The newest complete and undamaged checkpoint. Each rank looks at a part of the files of a candidate."""
+        """The newest complete and undamaged checkpoint, of those that rank 0 sees. Each rank looks at a part of the
+        files of a candidate. Raises RunFailed where a rank does not come to see them.
+        """
         self.finish()
         ranks = distributed.rank(), distributed.world_size()
-        return newest(self.folder.parent, lambda path: distributed.union(damage(path, *ranks)))
+        return _undamaged(self._listed(), lambda path: distributed.union(damage(path, *ranks)))
+
+    def _listed(self) -> list[Path]:
+        """The complete ones, oldest first, the same on all ranks."""
+        listed = distributed.union(complete(self.folder.parent) if distributed.rank() == 0 else [])
+        deadline = time.monotonic() + SIGHT
+        while (unseen := {*listed} - {*complete(self.folder.parent)}) and time.monotonic() < deadline:
+            time.sleep(POLL)
+        here = f"rank {distributed.rank()} ({socket.gethostname()})"
+        for mistake in distributed.union([f"{here} does not see {path}, as rank 0 does" for path in sorted(unseen)]):
+            raise RunFailed(f"{mistake}; all nodes must share that folder")
+        return listed
 
     def prune(self) -> None:
         """Drop all but the newest `keep` and those at multiples of `keep_every`."""
@@ -244,9 +259,13 @@ def damage(path: Path, part: int = 0, parts: int = 1) -> list[str]:
     return found
 
 
-def newest(folder: Path, damages: Callable[[Path], list[str]] = damage) -> Path | None:
+def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run that is not damaged; a warning tells of those that are passed over."""
-    for path in reversed(complete(folder)):
+    return _undamaged(complete(folder), damage)
+
+
+def _undamaged(checkpoints: list[Path], damages: Callable[[Path], list[str]]) -> Path | None:
+    for path in reversed(checkpoints):
         if not (found := damages(path)):
             return path
         if distributed.rank() == 0:
@@ -267,6 +286,8 @@ def load(engine: Any, stream: Stream, path: Path) -> dict[str, Any]:
     Raises UserError where the data are others now, or where the checkpoint cannot be brought into this run's layout.
     """
     state = read_state(path)
+    steps = distributed.union([state["step"]])
+    assert len({*steps}) == 1, f"{path}: of step {steps}, by rank"
     stream.load_state_dict(state["stream"])
     written, now = state["layout"], reshape.layout(engine)
     if reshape.fits(written, now):

@@ -1,24 +1,28 @@
 """Checkpoints are whole or not there, are chosen and kept as they should be, and fit any number of ranks and stage."""
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 from test_pretrain import measured, named, refused, run, run_until
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from acn_scale import distributed, reshape
+from acn_scale import checkpoint, distributed, reshape
 from acn_scale.checkpoint import Checkpoints, complete, damage, load, read_state
 from acn_scale.config import Config
 from acn_scale.convert import read_model
 from acn_scale.data import build_stream
 from acn_scale.engine import build_engine
+from acn_scale.errors import RunFailed
 from acn_scale.models import build_model
 from acn_scale.runs import run_folder, write_json
 from acn_scale.zero import kept
@@ -69,6 +73,38 @@ def test_a_damaged_one_is_skipped(two_ranks: Callable, vit: Callable[..., Config
     assert log.count(f"{newest.name} is damaged and passed over: {newest}/") == 1
     assert "resumed at step 5 from" in log
     assert measured(broken) == measured(whole)
+
+
+def made(run: Path, step: int) -> Path:
+    """A checkpoint of one file."""
+    path = Checkpoints(run, keep=1, keep_every=None).path(step)
+    path.mkdir(parents=True)
+    (path / "a.pt").write_bytes(b"x")
+    write_json(path / "state.json", {"files": {"a.pt": {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}})
+    return path
+
+
+def chosen_where_listings_lag(run: Path, looks: int) -> Path | str:
+    """By rank 1 too, which does not see the newest checkpoint in the first `looks`."""
+    blind = iter(range(looks if distributed.rank() == 1 else 0))
+
+    def lagging(folder: Path) -> list[Path]:
+        return complete(folder)[: -1 if next(blind, None) is not None else None]
+
+    with patch.object(checkpoint, "complete", lagging), patch.object(checkpoint, "SIGHT", 1.0):
+        try:
+            return Checkpoints(run, keep=1, keep_every=None).newest()
+        except RunFailed as error:
+            return str(error)
+
+
+def test_all_ranks_choose_the_same(two_ranks: Callable, tmp_path: Path) -> None:
+    """Also where a network file system shows one of them an older listing; for ever, the run ends."""
+    newest = [made(tmp_path, step) for step in (5, 10)][-1]
+    assert two_ranks(chosen_where_listings_lag, tmp_path, 3) == [newest] * 2
+    first, second = two_ranks(chosen_where_listings_lag, tmp_path, 10**6)
+    assert first == second
+    assert re.match(rf"rank 1 \(.*\) does not see {newest}, as rank 0 does", first)
 
 
 def test_nothing_undamaged_is_a_start_from_the_beginning(one_rank: Callable, vit: Callable[..., Config]) -> None:
