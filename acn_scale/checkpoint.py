@@ -109,11 +109,15 @@ class Checkpoints:
         return listed
 
     def prune(self) -> None:
-        """Drop all but the newest `keep` and those at multiples of `keep_every`."""
+        """Drop all but the newest `keep` and the first one at or after each multiple of `keep_every`."""
+        before = 0
         for old in complete(self.folder.parent)[: -self.keep]:
-            if not (self.keep_every and int(old.name.removeprefix("step_")) % self.keep_every == 0):
+            step = int(old.name.removeprefix("step_"))
+            # Whatever was dropped between the two is between the same multiples as `before`.
+            if not (self.keep_every and step // self.keep_every > before // self.keep_every):
                 (old / STATE_NAME).unlink()  # first: what is half removed is not complete
                 shutil.rmtree(old)
+            before = step
 
 
 class _Writer:

@@ -33,13 +33,20 @@ def steps(cfg: Config) -> list[int]:
 
 
 def test_keep(two_ranks: Callable, vit: Callable[..., Config]) -> None:
-    """The newest two, and every tenth step's for good."""
+    """The newest two, and for good the first one of each tenth step or later."""
     cfg = vit(train={"length": "40step"}, checkpoint={"every": "4step", "keep": 2, "keep_every": "10step"})
     two_ranks(run, cfg)
-    assert steps(cfg) == [20, 36, 40]
+    assert steps(cfg) == [12, 20, 32, 36, 40]
     state = json.loads((complete(run_folder(cfg))[0] / "state.json").read_text())
     files = {path.name for path in complete(run_folder(cfg))[0].iterdir()}
     assert set(state["files"]) | {"state.json"} == files
+
+
+def test_keep_all(one_rank: Callable, vit: Callable[..., Config]) -> None:
+    """What comes to less than a step is a step."""
+    cfg = vit(model={"depth": 1}, checkpoint={"every": "5step", "keep": 1, "keep_every": "0.001ep"})
+    one_rank(run, cfg)
+    assert steps(cfg) == [5, 10, 15, 20]
 
 
 def cut(path: Path) -> None:
