@@ -91,11 +91,21 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest complete and undamaged checkpoint, of those that rank 0 sees. Each rank looks at a part of the
-        files of a candidate. Raises RunFailed where a rank does not come to see them.
+        files of a candidate. The later ones, which are damaged, get another name.
+
+        Raises RunFailed where a rank does not come to see them, and where all are damaged.
         """
         self.finish()
         ranks = distributed.rank(), distributed.world_size()
-        return _undamaged(self._listed(), lambda path: distributed.union(damage(path, *ranks)))
+        listed = self._listed()
+        found = _undamaged(listed, lambda path: distributed.union(damage(path, *ranks)))
+        if listed and found is None:
+            raise RunFailed(
+                f"{self.folder}: {', '.join(path.name for path in listed)}: damaged or unreadable, as train.log says; "
+                "mend one, or remove that folder to begin anew"
+            )
+        self._set_aside([path for path in listed if path > found])
+        return found
 
     def _listed(self) -> list[Path]:
         """The complete ones, oldest first, the same on all ranks."""
@@ -107,6 +117,19 @@ class Checkpoints:
         for mistake in distributed.union([f"{here} does not see {path}, as rank 0 does" for path in sorted(unseen)]):
             raise RunFailed(f"{mistake}; all nodes must share that folder")
         return listed
+
+    def _set_aside(self, damaged: list[Path]) -> None:
+        """What is left of them stays, but counts no more: the run makes others of these steps, which are to be kept."""
+        mistakes = []
+        for path in damaged if distributed.rank() == 0 else []:
+            try:
+                aside = path.with_name(f"damaged_{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+            except OSError as error:
+                mistakes.append(f"{path}: is damaged and cannot be renamed: {error.strerror}")
+        for mistake in distributed.union(mistakes):
+            raise RunFailed(mistake)
 
     def prune(self) -> None:
         """Drop all but the newest `keep` and the first one at or after each multiple of `keep_every`."""

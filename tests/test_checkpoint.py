@@ -24,7 +24,7 @@ from acn_scale.data import build_stream
 from acn_scale.engine import build_engine
 from acn_scale.errors import RunFailed
 from acn_scale.models import build_model
-from acn_scale.runs import run_folder, write_json
+from acn_scale.runs import read_metrics, run_folder, write_json
 from acn_scale.zero import kept
 
 
@@ -114,12 +114,34 @@ def test_all_ranks_choose_the_same(two_ranks: Callable, tmp_path: Path) -> None:
     assert re.match(rf"rank 1 \(.*\) does not see {newest}, as rank 0 does", first)
 
 
-def test_nothing_undamaged_is_a_start_from_the_beginning(one_rank: Callable, vit: Callable[..., Config]) -> None:
-    cfg = vit(checkpoint={"keep": 1})
-    one_rank(run_until, cfg, 8)
-    flip(next(complete(run_folder(cfg))[0].glob("*.pt")))
-    one_rank(run, cfg)
-    assert "resumed" not in (run_folder(cfg) / "train.log").read_text()
+def test_damaged_ones_are_not_kept_in_the_place_of_new_ones(one_rank: Callable, vit: Callable[..., Config]) -> None:
+    """Though their steps are higher; what is left of them stays."""
+    cfg, later = (
+        vit(model={"depth": 1}, train={"length": "40step"}, checkpoint={"every": "5step", "keep": keep})
+        for keep in (3, 1)
+    )
+    one_rank(run_until, cfg, 33)
+    for path in complete(run_folder(cfg))[1:]:
+        flip(next(path.glob("*.pt")))
+    one_rank(run_until, later, 28)
+    assert "resumed at step 20" in said(cfg)
+    assert steps(cfg) == [25]
+    aside = sorted((run_folder(cfg) / "checkpoints").glob("damaged_*"))
+    assert [path.name for path in aside] == ["damaged_step_00000025", "damaged_step_00000030"]
+    assert all(list(path.glob("*.pt")) for path in aside)
+
+
+def test_nothing_undamaged_is_the_end(one_rank: Callable, vit: Callable[..., Config]) -> None:
+    """Nothing that the run has is lost: one of them may come back."""
+    cfg = vit(checkpoint={"every": "5step"})
+    one_rank(run_until, cfg, 13)
+    before = read_metrics(run_folder(cfg))
+    for path in complete(run_folder(cfg)):
+        flip(next(path.glob("*.pt")))
+    (message,) = one_rank(refused, cfg)
+    assert message.startswith(f"{run_folder(cfg)}/checkpoints: step_00000005, step_00000010: damaged or unreadable")
+    assert steps(cfg) == [5, 10]
+    assert read_metrics(run_folder(cfg)) == before
 
 
 PAIRS = [((2, a), (1, b)) for a, b in ((0, 0), (1, 3), (3, 2))]
