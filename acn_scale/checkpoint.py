@@ -41,6 +41,7 @@ class Checkpoints:
         self.folder = folder / "checkpoints"
         self.keep, self.keep_every = keep, keep_every
         self._writer: _Writer | None = None
+        self._saved = True  # whether the last save is complete
         if distributed.rank() == 0:
             for unfinished in self.folder.glob(".step_*.tmp"):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -65,6 +66,7 @@ class Checkpoints:
             except OSError as error:
                 mistakes.append(_failed(path, error))
         if distributed.union(mistakes):
+            self._saved = False
             return time.perf_counter() - start
         parts = _parts(engine, temporary) | (parts or {})
         state = {"step": step, "stream": stream.state_dict()} | reshape.notes(engine) | state
@@ -77,11 +79,10 @@ class Checkpoints:
 
     def finish(self) -> bool:
         """Wait for the last save; return whether it, where there was one, is complete."""
-        if self._writer is None:
-            return True
-        complete = self._writer.finish()
-        self._writer = None
-        return complete
+        if self._writer is not None:
+            self._saved = self._writer.finish()
+            self._writer = None
+        return self._saved
 
     def close(self) -> None:
         """Let a save that is under way come to its end, when the run itself has failed. Not collective."""

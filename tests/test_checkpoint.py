@@ -270,6 +270,19 @@ def test_counters_go_where_the_optimizer_makes_them(monkeypatch: pytest.MonkeyPa
     assert devices[1]["step"].type == ("cuda" if fused else "cpu")
 
 
+def asked_twice(folder: Path) -> list[bool]:
+    """Whether a save is complete for which there is not even a folder."""
+    checkpoints = Checkpoints(folder, keep=1, keep_every=None)
+    with patch.object(Path, "mkdir", side_effect=OSError(28, "No space left on device")):
+        checkpoints.save(None, None, 5, {})
+    return [checkpoints.finish(), checkpoints.finish()]
+
+
+def test_a_failed_save_has_failed_until_the_next_one(two_ranks: Callable, tmp_path: Path) -> None:
+    """Whoever asks first, a cut or the end of the run."""
+    assert two_ranks(asked_twice, tmp_path) == [[False, False]] * 2
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own of 3 MB."""
