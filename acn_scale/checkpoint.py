@@ -43,8 +43,8 @@ class Checkpoints:
         self._writer: _Writer | None = None
         self._saved = True  # whether the last save is complete
         if distributed.rank() == 0:
-            for unfinished in self.folder.glob(".step_*.tmp"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            for leftover in self.folder.glob(_temporary(Path("step_*")).name):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def save(
         self, engine: Any, stream: Stream, step: int, state: dict[str, Any], parts: dict[str, bytes] | None = None
@@ -57,7 +57,7 @@ class Checkpoints:
         start = time.perf_counter()
         self.finish()
         path = self.path(step)
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = _temporary(path)
         mistakes = []
         if distributed.rank() == 0:
             try:
@@ -139,8 +139,10 @@ class Checkpoints:
             step = int(old.name.removeprefix("step_"))
             # Whatever was dropped between the two is between the same multiples as `before`.
             if not (self.keep_every and step // self.keep_every > before // self.keep_every):
-                (old / STATE_NAME).unlink()  # first: what is half removed is not complete
-                shutil.rmtree(old)
+                try:
+                    shutil.rmtree(old.rename(_temporary(old)))  # what is half removed is no checkpoint
+                except OSError as error:
+                    log.warning("%s is not to be kept, but cannot be removed: %s", old, error.strerror)
             before = step
 
 
@@ -152,7 +154,7 @@ class _Writer:
     ) -> None:
         self.owner, self.path, self.temporary, self.parts, self.state = owner, path, temporary, parts, state
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
-        self._error: str | None = None
+        self._written = self._completed = False
         self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
         self._completer = threading.Thread(target=self._complete, name="checkpoint completion", daemon=True)
@@ -163,13 +165,12 @@ class _Writer:
 
     def finish(self) -> bool:
         self._thread.join()
-        failed = distributed.union([self._error] if self._error else [])
+        failed = distributed.union([] if self._written else [self.rank])
         if self.rank == 0:
             if failed:
                 self._given_up.set()
             self._completer.join()
-        failed = distributed.union([self._error] if self._error else [])
-        return not failed
+        return not distributed.union([] if self._completed or self.rank else [self.rank])
 
     def close(self) -> None:
         self._thread.join()
@@ -184,8 +185,10 @@ class _Writer:
                 _write_through(self.temporary / name, content)
                 manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             write_json(self.temporary / _part_name(self.rank), manifest)
+            self._written = True
         except OSError as error:
-            self._error = _failed(self.path, error)
+            _failed(self.path, error)
+            self._given_up.set()
             self.parts.clear()
 
     def _complete(self) -> None:
@@ -194,7 +197,7 @@ class _Writer:
         try:
             manifests = [self.temporary / _part_name(rank) for rank in range(self.world_size)]
             while not all(manifest.exists() for manifest in manifests):
-                if self._error or self._given_up.wait(POLL):
+                if self._given_up.wait(POLL):
                     shutil.rmtree(self.temporary, ignore_errors=True)
                     return
             files = {name: entry for manifest in manifests for name, entry in read_json(manifest).items()}
@@ -205,10 +208,12 @@ class _Writer:
             shutil.rmtree(self.path, ignore_errors=True)
             self.temporary.rename(self.path)
             _sync(self.path.parent)
-            self.owner.prune()
-        except OSError as error:
-            self._error = _failed(self.path, error)
+            self._completed = True
+        except (OSError, UserError) as error:
+            _failed(self.path, error)
             shutil.rmtree(self.temporary, ignore_errors=True)
+        else:
+            self.owner.prune()
 
 
 def _parts(engine: Any, temporary: Path) -> dict[str, bytes]:
@@ -227,6 +232,11 @@ def _parts(engine: Any, temporary: Path) -> dict[str, bytes]:
     finally:
         del writer.save
     return parts
+
+
+def _temporary(path: Path) -> Path:
+    """Its name while it is written or removed. What a start finds under such a name goes."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _part_name(rank: int) -> str:
@@ -248,8 +258,9 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _failed(path: Path, error: OSError) -> str:
-    message = f"rank {distributed.rank()}: {path} was NOT saved: {error.strerror or error}; training goes on"
+def _failed(path: Path, error: OSError | UserError) -> str:
+    reason = (isinstance(error, OSError) and error.strerror) or error
+    message = f"rank {distributed.rank()}: {path} was NOT saved: {reason}; training goes on"
     log.error(message)
     return message
 

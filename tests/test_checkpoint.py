@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,9 +23,9 @@ from acn_scale.config import Config
 from acn_scale.convert import read_model
 from acn_scale.data import build_stream
 from acn_scale.engine import build_engine
-from acn_scale.errors import RunFailed
+from acn_scale.errors import RunFailed, UserError
 from acn_scale.models import build_model
-from acn_scale.runs import read_metrics, run_folder, write_json
+from acn_scale.runs import read_json, read_metrics, run_folder, write_json
 from acn_scale.zero import kept
 
 
@@ -281,6 +282,51 @@ def asked_twice(folder: Path) -> list[bool]:
 def test_a_failed_save_has_failed_until_the_next_one(two_ranks: Callable, tmp_path: Path) -> None:
     """Whoever asks first, a cut or the end of the run."""
     assert two_ranks(asked_twice, tmp_path) == [[False, False]] * 2
+
+
+def run_that_cannot_read_its_parts(cfg: Config, error: Exception) -> str:
+    def stale(path: Path) -> dict:
+        if path.name.startswith("part_"):
+            raise error
+        return read_json(path)
+
+    with patch.object(checkpoint, "read_json", stale):
+        return refused(cfg)
+
+
+@pytest.mark.parametrize("error", [UserError("Stale file handle"), MemoryError()])
+def test_a_save_that_cannot_be_completed_has_failed(
+    one_rank: Callable, vit: Callable[..., Config], error: Exception
+) -> None:
+    """Whatever it is that ends the thread which completes it."""
+    cfg = vit(model={"depth": 1}, train={"length": "5step"})
+    (message,) = one_rank(run_that_cannot_read_its_parts, cfg, error)
+    assert "step 5: the last checkpoint could not be written" in message
+    assert isinstance(error, MemoryError) or "was NOT saved: Stale file handle; training goes on" in said(cfg)
+
+
+def run_that_cannot_remove(cfg: Config) -> str:
+    remove = shutil.rmtree
+
+    def in_use(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty")
+        remove(path, ignore_errors)
+
+    with patch.object(shutil, "rmtree", in_use):
+        return refused(cfg)
+
+
+def test_what_cannot_be_removed_fails_no_save(one_rank: Callable, vit: Callable[..., Config]) -> None:
+    """It is no checkpoint any more, and the next start removes it."""
+    cfg = vit(model={"depth": 1}, train={"length": "10step"}, checkpoint={"every": "5step", "keep": 1})
+    folder = run_folder(cfg) / "checkpoints"
+    assert one_rank(run_that_cannot_remove, cfg) == [""]
+    assert steps(cfg) == [10]
+    assert f"WARNING {folder}/step_00000005 is not to be kept, but cannot be removed: Directory not empty" in said(cfg)
+    assert {path.name for path in folder.iterdir()} == {"step_00000010", ".step_00000005.tmp"}
+    one_rank(run, cfg)
+    assert [path.name for path in folder.iterdir()] == ["step_00000010"]
 
 
 @pytest.fixture
