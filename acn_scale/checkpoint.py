@@ -227,10 +227,11 @@ def _parts(engine: Any, temporary: Path) -> dict[str, bytes]:
 
     writer = engine.checkpoint_engine
     writer.save = keep  # in the place of the method, for this instance
+    engine._copy_recovery_script = lambda folder: None  # it would fail on a full disk, in training itself
     try:
         engine.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False)
     finally:
-        del writer.save
+        del writer.save, engine._copy_recovery_script
     return parts
 
 
