@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -24,6 +24,7 @@ from acn_scale.runs import read_json, run_folder, write_json
 log = logging.getLogger(__name__)
 
 STATE_NAME = "state.json"  # written last: a folder without it is not a checkpoint
+CHUNK = 2**26  # bytes that are written or read in a go: a sign of progress
 LAST_WAIT = 10.0  # seconds for the other ranks' parts when this rank fails
 POLL = 0.05  # seconds between two looks for what other ranks have written
 SIGHT = 120.0  # seconds until each rank must see what rank 0 does: network file systems show a listing of a minute ago
@@ -37,8 +38,11 @@ class Checkpoints:
     its name and drops the checkpoints that are not to be kept. A save that fails is logged, and the run goes on.
     """
 
-    def __init__(self, folder: Path, *, keep: int, keep_every: int | None) -> None:
-        self.folder = folder / "checkpoints"
+    def __init__(
+        self, folder: Path, *, keep: int, keep_every: int | None, progress: Callable[[], None] = lambda: None
+    ) -> None:
+        """`progress` is called while a rank waits for its files, whenever some of them are written or read."""
+        self.folder, self.progress = folder / "checkpoints", progress
         self.keep, self.keep_every = keep, keep_every
         self._writer: _Writer | None = None
         self._saved = True  # whether the last save is complete
@@ -99,7 +103,7 @@ class Checkpoints:
         self.finish()
         ranks = distributed.rank(), distributed.world_size()
         listed = self._listed()
-        found = _undamaged(listed, lambda path: distributed.union(damage(path, *ranks)))
+        found = _undamaged(listed, lambda path: distributed.union(damage(path, *ranks, self.progress)))
         if listed and found is None:
             raise RunFailed(
                 f"{self.folder}: {', '.join(path.name for path in listed)}: damaged or unreadable, as train.log says; "
@@ -154,6 +158,7 @@ class _Writer:
     ) -> None:
         self.owner, self.path, self.temporary, self.parts, self.state = owner, path, temporary, parts, state
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self._chunks = 0  # that are on the disk
         self._written = self._completed = False
         self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
@@ -164,16 +169,25 @@ class _Writer:
         self._completer.start()
 
     def finish(self) -> bool:
-        self._thread.join()
+        self._wait_for(self._thread)
         failed = distributed.union([] if self._written else [self.rank])
         if self.rank == 0:
             if failed:
                 self._given_up.set()
-            self._completer.join()
+            self._wait_for(self._completer)
         return not distributed.union([] if self._completed or self.rank else [self.rank])
 
+    def _wait_for(self, thread: threading.Thread) -> None:
+        """To the end, which may take as long as it needs while it writes; one that hangs is the watchdog's to find."""
+        seen = 0
+        while thread.is_alive():
+            thread.join(POLL)
+            if seen < self._chunks:
+                seen = self._chunks
+                self.owner.progress()
+
     def close(self) -> None:
-        self._thread.join()
+        self._wait_for(self._thread)
         self._completer.join(timeout=LAST_WAIT if self.rank == 0 else 0)
         self._given_up.set()
 
@@ -182,14 +196,26 @@ class _Writer:
             manifest = {}
             while self.parts:
                 name, content = self.parts.popitem()
-                _write_through(self.temporary / name, content)
-                manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                manifest[name] = {"bytes": len(content), "sha256": self._write_file(self.temporary / name, content)}
             write_json(self.temporary / _part_name(self.rank), manifest)
             self._written = True
         except OSError as error:
             _failed(self.path, error)
             self._given_up.set()
             self.parts.clear()
+
+    def _write_file(self, path: Path, content: bytes) -> str:
+        """To the disk itself; return the sha256."""
+        digest = hashlib.sha256()
+        with path.open("wb") as file:
+            for start in range(0, len(content), CHUNK):
+                chunk = content[start : start + CHUNK]
+                digest.update(chunk)
+                file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+                self._chunks += 1
+        return digest.hexdigest()
 
     def _complete(self) -> None:
         if self.rank != 0:
@@ -244,13 +270,6 @@ def _part_name(rank: int) -> str:
     return f"part_{rank:05d}.json"
 
 
-def _write_through(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _sync(folder: Path) -> None:
     """Have a folder's entries on the disk. Some network file systems do not know this."""
     with contextlib.suppress(OSError):
@@ -278,7 +297,7 @@ def trained(cfg: Config) -> bool:
     return bool(checkpoints) and checkpoints[-1].name == f"step_{read_json(folder / 'environment.json')['steps']:08d}"
 
 
-def damage(path: Path, part: int = 0, parts: int = 1) -> list[str]:
+def damage(path: Path, part: int = 0, parts: int = 1, progress: Callable[[], None] = lambda: None) -> list[str]:
     """What is wrong with every `parts`-th file of a checkpoint, from number `part` on: size, checksum, or not there."""
     try:
         state = read_json(path / STATE_NAME)
@@ -292,11 +311,19 @@ def damage(path: Path, part: int = 0, parts: int = 1) -> list[str]:
                 size = os.fstat(file.fileno()).st_size
                 if size != entry["bytes"]:
                     found.append(f"{path / name}: {size} bytes, not {entry['bytes']}")
-                elif hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                elif _sha256(file, progress) != entry["sha256"]:
                     found.append(f"{path / name}: its sha256 is not the one in {STATE_NAME}")
         except OSError as error:
             found.append(f"{path / name}: {error.strerror}")
     return found
+
+
+def _sha256(file: BinaryIO, progress: Callable[[], None]) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+        progress()
+    return digest.hexdigest()
 
 
 def newest(folder: Path) -> Path | None:

@@ -85,7 +85,7 @@ class Trainer:
         self.rank = distributed.rank()
         self.depth = 0  # blocks of the network, once it is built
         keep_every = cfg.checkpoint.keep_every and max(1, horizon.count(cfg.checkpoint.keep_every))
-        self.checkpoints = Checkpoints(folder, keep=cfg.checkpoint.keep, keep_every=keep_every)
+        self.checkpoints = Checkpoints(folder, keep=cfg.checkpoint.keep, keep_every=keep_every, progress=watchdog.go_on)
         self.guard = Guard(cfg.health)
         self.dead_blocks = DeadBlocks(cfg.depth, cfg.eval.tolerance)
         self.stall = 0.0  # seconds that the last checkpoint held training up

@@ -87,8 +87,10 @@ def made(run: Path, step: int) -> Path:
     """A checkpoint of one file."""
     path = Checkpoints(run, keep=1, keep_every=None).path(step)
     path.mkdir(parents=True)
-    (path / "a.pt").write_bytes(b"x")
-    write_json(path / "state.json", {"files": {"a.pt": {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}})
+    (path / "a.pt").write_bytes(bytes(100))
+    write_json(
+        path / "state.json", {"files": {"a.pt": {"bytes": 100, "sha256": hashlib.sha256(bytes(100)).hexdigest()}}}
+    )
     return path
 
 
@@ -113,6 +115,19 @@ def test_all_ranks_choose_the_same(two_ranks: Callable, tmp_path: Path) -> None:
     first, second = two_ranks(chosen_where_listings_lag, tmp_path, 10**6)
     assert first == second
     assert re.match(rf"rank 1 \(.*\) does not see {newest}, as rank 0 does", first)
+
+
+def progress_while_read(run: Path) -> int:
+    calls = []
+    with patch.object(checkpoint, "CHUNK", 9):
+        Checkpoints(run, keep=1, keep_every=None, progress=lambda: calls.append(None)).newest()
+    return len(calls)
+
+
+def test_reading_makes_progress(one_rank: Callable, tmp_path: Path) -> None:
+    """Of which the watchdog hears: a large checkpoint is no hang."""
+    made(tmp_path, 5)
+    assert one_rank(progress_while_read, tmp_path) == [12]
 
 
 def test_damaged_ones_are_not_kept_in_the_place_of_new_ones(one_rank: Callable, vit: Callable[..., Config]) -> None:
