@@ -6,25 +6,28 @@ import io
 import logging
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from acn_scale import distributed, reshape
 from acn_scale.config import Config
 from acn_scale.data.stream import Stream
-from acn_scale.errors import UserError
+from acn_scale.errors import RunFailed, UserError
 from acn_scale.runs import read_json, run_folder, write_json
 
 log = logging.getLogger(__name__)
 
 STATE_NAME = "state.json"  # written last: a folder without it is not a checkpoint
+CHUNK = 2**26  # bytes that are written or read in a go: a sign of progress
 LAST_WAIT = 10.0  # seconds for the other ranks' parts when this rank fails
-POLL = 0.05  # seconds between two looks for the other ranks' parts
+POLL = 0.05  # seconds between two looks for what other ranks have written
+SIGHT = 120.0  # seconds until each rank must see what rank 0 does: network file systems show a listing of a minute ago
 
 
 class Checkpoints:
@@ -35,13 +38,17 @@ class Checkpoints:
     its name and drops the checkpoints that are not to be kept. A save that fails is logged, and the run goes on.
     """
 
-    def __init__(self, folder: Path, *, keep: int, keep_every: int | None) -> None:
-        self.folder = folder / "checkpoints"
+    def __init__(
+        self, folder: Path, *, keep: int, keep_every: int | None, progress: Callable[[], None] = lambda: None
+    ) -> None:
+        """`progress` is called while a rank waits for its files, whenever some of them are written or read."""
+        self.folder, self.progress = folder / "checkpoints", progress
         self.keep, self.keep_every = keep, keep_every
         self._writer: _Writer | None = None
+        self._saved = True  # whether the last save is complete
         if distributed.rank() == 0:
-            for unfinished in self.folder.glob(".step_*.tmp"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            for leftover in self.folder.glob(_temporary(Path("step_*")).name):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def save(
         self, engine: Any, stream: Stream, step: int, state: dict[str, Any], parts: dict[str, bytes] | None = None
@@ -54,7 +61,7 @@ class Checkpoints:
         start = time.perf_counter()
         self.finish()
         path = self.path(step)
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = _temporary(path)
         mistakes = []
         if distributed.rank() == 0:
             try:
@@ -63,6 +70,7 @@ class Checkpoints:
             except OSError as error:
                 mistakes.append(_failed(path, error))
         if distributed.union(mistakes):
+            self._saved = False
             return time.perf_counter() - start
         parts = _parts(engine, temporary) | (parts or {})
         state = {"step": step, "stream": stream.state_dict()} | reshape.notes(engine) | state
@@ -75,11 +83,10 @@ class Checkpoints:
 
     def finish(self) -> bool:
         """Wait for the last save; return whether it, where there was one, is complete."""
-        if self._writer is None:
-            return True
-        complete = self._writer.finish()
-        self._writer = None
-        return complete
+        if self._writer is not None:
+            self._saved = self._writer.finish()
+            self._writer = None
+        return self._saved
 
     def close(self) -> None:
         """Let a save that is under way come to its end, when the run itself has failed. Not collective."""
@@ -88,17 +95,59 @@ class Checkpoints:
             self._writer = None
 
     def newest(self) -> Path | None:
-        """The newest complete and undamaged checkpoint. Each rank looks at a part of the files of a candidate."""
+        """The newest complete and undamaged checkpoint, of those that rank 0 sees. Each rank looks at a part of the
+        files of a candidate. The later ones, which are damaged, get another name.
+
+        Raises RunFailed where a rank does not come to see them, and where all are damaged.
+        """
         self.finish()
         ranks = distributed.rank(), distributed.world_size()
-        return newest(self.folder.parent, lambda path: distributed.union(damage(path, *ranks)))
+        listed = self._listed()
+        found = _undamaged(listed, lambda path: distributed.union(damage(path, *ranks, self.progress)))
+        if listed and found is None:
+            raise RunFailed(
+                f"{self.folder}: {', '.join(path.name for path in listed)}: damaged or unreadable, as train.log says; "
+                "mend one, or remove that folder to begin anew"
+            )
+        self._set_aside([path for path in listed if path > found])
+        return found
+
+    def _listed(self) -> list[Path]:
+        """The complete ones, oldest first, the same on all ranks."""
+        listed = distributed.union(complete(self.folder.parent) if distributed.rank() == 0 else [])
+        deadline = time.monotonic() + SIGHT
+        while (unseen := {*listed} - {*complete(self.folder.parent)}) and time.monotonic() < deadline:
+            time.sleep(POLL)
+        here = f"rank {distributed.rank()} ({socket.gethostname()})"
+        for mistake in distributed.union([f"{here} does not see {path}, as rank 0 does" for path in sorted(unseen)]):
+            raise RunFailed(f"{mistake}; all nodes must share that folder")
+        return listed
+
+    def _set_aside(self, damaged: list[Path]) -> None:
+        """What is left of them stays, but counts no more: the run makes others of these steps, which are to be kept."""
+        mistakes = []
+        for path in damaged if distributed.rank() == 0 else []:
+            try:
+                aside = path.with_name(f"damaged_{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+            except OSError as error:
+                mistakes.append(f"{path}: is damaged and cannot be renamed: {error.strerror}")
+        for mistake in distributed.union(mistakes):
+            raise RunFailed(mistake)
 
     def prune(self) -> None:
-        """Drop all but the newest `keep` and those at multiples of `keep_every`."""
+        """Drop all but the newest `keep` and the first one at or after each multiple of `keep_every`."""
+        before = 0
         for old in complete(self.folder.parent)[: -self.keep]:
-            if not (self.keep_every and int(old.name.removeprefix("step_")) % self.keep_every == 0):
-                (old / STATE_NAME).unlink()  # first: what is half removed is not complete
-                shutil.rmtree(old)
+            step = int(old.name.removeprefix("step_"))
+            # Whatever was dropped between the two is between the same multiples as `before`.
+            if not (self.keep_every and step // self.keep_every > before // self.keep_every):
+                try:
+                    shutil.rmtree(old.rename(_temporary(old)))  # what is half removed is no checkpoint
+                except OSError as error:
+                    log.warning("%s is not to be kept, but cannot be removed: %s", old, error.strerror)
+            before = step
 
 
 class _Writer:
@@ -109,7 +158,8 @@ class _Writer:
     ) -> None:
         self.owner, self.path, self.temporary, self.parts, self.state = owner, path, temporary, parts, state
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
-        self._error: str | None = None
+        self._chunks = 0  # that are on the disk
+        self._written = self._completed = False
         self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
         self._completer = threading.Thread(target=self._complete, name="checkpoint completion", daemon=True)
@@ -119,17 +169,25 @@ class _Writer:
         self._completer.start()
 
     def finish(self) -> bool:
-        self._thread.join()
-        failed = distributed.union([self._error] if self._error else [])
+        self._wait_for(self._thread)
+        failed = distributed.union([] if self._written else [self.rank])
         if self.rank == 0:
             if failed:
                 self._given_up.set()
-            self._completer.join()
-        failed = distributed.union([self._error] if self._error else [])
-        return not failed
+            self._wait_for(self._completer)
+        return not distributed.union([] if self._completed or self.rank else [self.rank])
+
+    def _wait_for(self, thread: threading.Thread) -> None:
+        """To the end, which may take as long as it needs while it writes; one that hangs is the watchdog's to find."""
+        seen = 0
+        while thread.is_alive():
+            thread.join(POLL)
+            if seen < self._chunks:
+                seen = self._chunks
+                self.owner.progress()
 
     def close(self) -> None:
-        self._thread.join()
+        self._wait_for(self._thread)
         self._completer.join(timeout=LAST_WAIT if self.rank == 0 else 0)
         self._given_up.set()
 
@@ -138,12 +196,26 @@ class _Writer:
             manifest = {}
             while self.parts:
                 name, content = self.parts.popitem()
-                _write_through(self.temporary / name, content)
-                manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                manifest[name] = {"bytes": len(content), "sha256": self._write_file(self.temporary / name, content)}
             write_json(self.temporary / _part_name(self.rank), manifest)
+            self._written = True
         except OSError as error:
-            self._error = _failed(self.path, error)
+            _failed(self.path, error)
+            self._given_up.set()
             self.parts.clear()
+
+    def _write_file(self, path: Path, content: bytes) -> str:
+        """To the disk itself; return the sha256."""
+        digest = hashlib.sha256()
+        with path.open("wb") as file:
+            for start in range(0, len(content), CHUNK):
+                chunk = content[start : start + CHUNK]
+                digest.update(chunk)
+                file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+                self._chunks += 1
+        return digest.hexdigest()
 
     def _complete(self) -> None:
         if self.rank != 0:
@@ -151,7 +223,7 @@ class _Writer:
         try:
             manifests = [self.temporary / _part_name(rank) for rank in range(self.world_size)]
             while not all(manifest.exists() for manifest in manifests):
-                if self._error or self._given_up.wait(POLL):
+                if self._given_up.wait(POLL):
                     shutil.rmtree(self.temporary, ignore_errors=True)
                     return
             files = {name: entry for manifest in manifests for name, entry in read_json(manifest).items()}
@@ -162,10 +234,12 @@ class _Writer:
             shutil.rmtree(self.path, ignore_errors=True)
             self.temporary.rename(self.path)
             _sync(self.path.parent)
-            self.owner.prune()
-        except OSError as error:
-            self._error = _failed(self.path, error)
+            self._completed = True
+        except (OSError, UserError) as error:
+            _failed(self.path, error)
             shutil.rmtree(self.temporary, ignore_errors=True)
+        else:
+            self.owner.prune()
 
 
 def _parts(engine: Any, temporary: Path) -> dict[str, bytes]:
@@ -179,22 +253,21 @@ def _parts(engine: Any, temporary: Path) -> dict[str, bytes]:
 
     writer = engine.checkpoint_engine
     writer.save = keep  # in the place of the method, for this instance
+    engine._copy_recovery_script = lambda folder: None  # it would fail on a full disk, in training itself
     try:
         engine.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False)
     finally:
-        del writer.save
+        del writer.save, engine._copy_recovery_script
     return parts
+
+
+def _temporary(path: Path) -> Path:
+    """Its name while it is written or removed. What a start finds under such a name goes."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _part_name(rank: int) -> str:
     return f"part_{rank:05d}.json"
-
-
-def _write_through(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:
@@ -205,8 +278,9 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _failed(path: Path, error: OSError) -> str:
-    message = f"rank {distributed.rank()}: {path} was NOT saved: {error.strerror or error}; training goes on"
+def _failed(path: Path, error: OSError | UserError) -> str:
+    reason = (isinstance(error, OSError) and error.strerror) or error
+    message = f"rank {distributed.rank()}: {path} was NOT saved: {reason}; training goes on"
     log.error(message)
     return message
 
@@ -223,7 +297,7 @@ def trained(cfg: Config) -> bool:
     return bool(checkpoints) and checkpoints[-1].name == f"step_{read_json(folder / 'environment.json')['steps']:08d}"
 
 
-def damage(path: Path, part: int = 0, parts: int = 1) -> list[str]:
+def damage(path: Path, part: int = 0, parts: int = 1, progress: Callable[[], None] = lambda: None) -> list[str]:
     """What is wrong with every `parts`-th file of a checkpoint, from number `part` on: size, checksum, or not there."""
     try:
         state = read_json(path / STATE_NAME)
@@ -237,16 +311,28 @@ def damage(path: Path, part: int = 0, parts: int = 1) -> list[str]:
                 size = os.fstat(file.fileno()).st_size
                 if size != entry["bytes"]:
                     found.append(f"{path / name}: {size} bytes, not {entry['bytes']}")
-                elif hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                elif _sha256(file, progress) != entry["sha256"]:
                     found.append(f"{path / name}: its sha256 is not the one in {STATE_NAME}")
         except OSError as error:
             found.append(f"{path / name}: {error.strerror}")
     return found
 
 
-def newest(folder: Path, damages: Callable[[Path], list[str]] = damage) -> Path | None:
+def _sha256(file: BinaryIO, progress: Callable[[], None]) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+        progress()
+    return digest.hexdigest()
+
+
+def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run that is not damaged; a warning tells of those that are passed over."""
-    for path in reversed(complete(folder)):
+    return _undamaged(complete(folder), damage)
+
+
+def _undamaged(checkpoints: list[Path], damages: Callable[[Path], list[str]]) -> Path | None:
+    for path in reversed(checkpoints):
         if not (found := damages(path)):
             return path
         if distributed.rank() == 0:
@@ -267,6 +353,8 @@ def load(engine: Any, stream: Stream, path: Path) -> dict[str, Any]:
     Raises UserError where the data are others now, or where the checkpoint cannot be brought into this run's layout.
     """
     state = read_state(path)
+    steps = distributed.union([state["step"]])
+    assert len({*steps}) == 1, f"{path}: of step {steps}, by rank"
     stream.load_state_dict(state["stream"])
     written, now = state["layout"], reshape.layout(engine)
     if reshape.fits(written, now):

@@ -14,9 +14,12 @@ from acn_scale.errors import UserError
 
 
 def write_file(path: Path, content: bytes) -> Path:
-    """Under a temporary name first, so that a kill leaves what was there before."""
+    """Under a temporary name first, and on the disk, so that a kill or a power cut leaves what was there before."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     return temporary.replace(path)
 
 

@@ -8,6 +8,7 @@ from acn_scale.config import Config
 from acn_scale.data.shards import ShardIndex
 from acn_scale.depth import as_trained, step_flops
 from acn_scale.durations import Horizon
+from acn_scale.errors import UserError
 from acn_scale.hardware import Device
 from acn_scale.memory import memory, parameters
 from acn_scale.tables import aligned

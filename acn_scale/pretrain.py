@@ -86,8 +86,8 @@ class Trainer:
         self.rank = distributed.rank()
         self.engine = None
         self.depth = 0  # blocks of the network, once it is built
-        keep_every = cfg.checkpoint.keep_every and horizon.count(cfg.checkpoint.keep_every)
-        self.checkpoints = Checkpoints(folder, keep=cfg.checkpoint.keep, keep_every=keep_every)
+        keep_every = cfg.checkpoint.keep_every and max(1, horizon.count(cfg.checkpoint.keep_every))
+        self.checkpoints = Checkpoints(folder, keep=cfg.checkpoint.keep, keep_every=keep_every, progress=watchdog.go_on)
         self.guard = Guard(cfg.health)
         self.dead_blocks = DeadBlocks(cfg.depth, cfg.eval.tolerance)
         self.stall = 0.0  # seconds that the last checkpoint held training up

@@ -71,7 +71,7 @@ def load(engine: Any, path: Path, state: dict[str, Any]) -> None:
         for name, flat, there, start, size in _places(engine):
             for key, pieces in kept[name].items():
                 if pieces[0].dim() == 0:  # a counter, of the whole flat tensor
-                    moments[flat][key] = pieces[0].clone()
+                    moments[flat][key] = pieces[0].to(_counter_device(inner, flat), copy=True)
                     continue
                 if key != "fp32" and key not in moments[flat]:
                     moments[flat][key] = torch.zeros_like(flat)
@@ -87,6 +87,12 @@ def load(engine: Any, path: Path, state: dict[str, Any]) -> None:
     if state["lamb_step"] is not None:
         for group in inner.param_groups:
             group["step"] = torch.tensor(float(state["lamb_step"]))
+
+
+def _counter_device(optimizer: torch.optim.Optimizer, weight: Tensor) -> torch.device:
+    """Where AdamW makes its "step": beside the weight where its kernel reads it, which takes it from nowhere else."""
+    beside = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return weight.device if beside else torch.device("cpu")
 
 
 def _places(engine: Any) -> Iterator[tuple[str, Tensor, int, int, int]]:

@@ -33,8 +33,9 @@ class Watchdog:
     """While entered, writes this rank's heartbeat every second, and ends the process when the job cannot go on.
 
     A rank without progress for `timeout` seconds looks at the heartbeats of all: a rank whose heart does not beat any
-    more died or is stopped, and of the others the one that is least far hangs. It is named in failure.json, which
-    ends all ranks. So does an exception on any rank. SIGUSR1 to one rank prints the stacks of all.
+    more died or is stopped, and of the others the one that is least far hangs, unless it makes progress: then they wait
+    for it. The one to blame is named in failure.json, which ends all ranks. So does an exception on any rank. SIGUSR1
+    to one rank prints the stacks of all.
     """
 
     def __init__(self, folder: Path, rank: int, world_size: int, timeout: float) -> None:
@@ -71,6 +72,10 @@ class Watchdog:
     def beat(self, step: int, phase: str) -> None:
         """This rank is at `phase` of `step` now."""
         self.step, self.phase, self.progress = step, phase, time.monotonic()
+
+    def go_on(self) -> None:
+        """This rank is where it was, and makes progress."""
+        self.beat(self.step, self.phase)
 
     def each(self, items: Iterable[T], phase: str) -> Iterator[T]:
         """The items, each of them a sign of progress."""
@@ -114,6 +119,8 @@ class Watchdog:
         ranks = [now[rank] for rank in range(self.world_size) if rank in now]
         dead = [beat for beat in ranks if beat["beats"] == before.get(beat["rank"], {}).get("beats")]
         least = min(ranks, key=lambda beat: (beat["step"], PHASES.index(beat["phase"]), beat["waits"]))
+        if not dead and least["seconds_in_phase"] <= self.timeout:
+            return
         beat = dead[0] if dead else least
         verb = "does not answer any more" if dead else f"hangs for {beat['seconds_in_phase']:.0f} s"
         self._fail(beat["rank"], f"{_whereabouts(beat)} {verb} (health.hang_timeout = {self.timeout:g})")

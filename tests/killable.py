@@ -21,9 +21,7 @@ class Start:
         """`hang`: a rank, and the micro batch that it waits for without end."""
         self.record = record
         port = random.randint(20_000, 30_000)
-        self.processes = [
-            forked.process(_pretrain, arguments, record, rank, ranks, port, hang) for rank in range(ranks)
-        ]
+        self.processes = [forked.process(pretrain, arguments, record, rank, ranks, port, hang) for rank in range(ranks)]
 
     def after(self, batches: int) -> None:
         """Wait for so many more micro batches, or for the end of a rank."""
@@ -64,7 +62,7 @@ def said(record: Path, rank: int = 0) -> str:
     return record.with_suffix(f".{rank}.err").read_text()
 
 
-def _pretrain(
+def pretrain(
     arguments: Sequence[str], record: Path, rank: int, ranks: int, port: int, hang: tuple[int, int] | None
 ) -> None:
     from acn_scale import pretrain

@@ -1,23 +1,31 @@
 """Checkpoints are whole or not there, are chosen and kept as they should be, and fit any number of ranks and stage."""
 
+import contextlib
+import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 from test_pretrain import measured, named, refused, run, run_until
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from acn_scale import distributed
+from acn_scale import checkpoint, distributed, reshape
 from acn_scale.checkpoint import Checkpoints, complete, damage, load, read_state
 from acn_scale.config import Config
 from acn_scale.convert import read_model
 from acn_scale.data import build_stream
 from acn_scale.engine import build_engine
+from acn_scale.errors import RunFailed, UserError
 from acn_scale.models import build_model
-from acn_scale.runs import run_folder, write_json
+from acn_scale.runs import read_json, read_metrics, run_folder, write_json
 from acn_scale.zero import kept
 
 
@@ -26,13 +34,20 @@ def steps(cfg: Config) -> list[int]:
 
 
 def test_keep(two_ranks: Callable, vit: Callable[..., Config]) -> None:
-    """The newest two, and every tenth step's for good."""
+    """The newest two, and for good the first one of each tenth step or later."""
     cfg = vit(train={"length": "40step"}, checkpoint={"every": "4step", "keep": 2, "keep_every": "10step"})
     two_ranks(run, cfg)
-    assert steps(cfg) == [20, 36, 40]
+    assert steps(cfg) == [12, 20, 32, 36, 40]
     state = json.loads((complete(run_folder(cfg))[0] / "state.json").read_text())
     files = {path.name for path in complete(run_folder(cfg))[0].iterdir()}
     assert set(state["files"]) | {"state.json"} == files
+
+
+def test_keep_all(one_rank: Callable, vit: Callable[..., Config]) -> None:
+    """What comes to less than a step is a step."""
+    cfg = vit(model={"depth": 1}, checkpoint={"every": "5step", "keep": 1, "keep_every": "0.001ep"})
+    one_rank(run, cfg)
+    assert steps(cfg) == [5, 10, 15, 20]
 
 
 def cut(path: Path) -> None:
@@ -68,12 +83,81 @@ def test_a_damaged_one_is_skipped(two_ranks: Callable, vit: Callable[..., Config
     assert measured(broken) == measured(whole)
 
 
-def test_nothing_undamaged_is_a_start_from_the_beginning(one_rank: Callable, vit: Callable[..., Config]) -> None:
-    cfg = vit(checkpoint={"keep": 1})
-    one_rank(run_until, cfg, 8)
-    flip(next(complete(run_folder(cfg))[0].glob("*.pt")))
-    one_rank(run, cfg)
-    assert "resumed" not in (run_folder(cfg) / "train.log").read_text()
+def made(run: Path, step: int) -> Path:
+    """A checkpoint of one file."""
+    path = Checkpoints(run, keep=1, keep_every=None).path(step)
+    path.mkdir(parents=True)
+    (path / "a.pt").write_bytes(bytes(100))
+    write_json(
+        path / "state.json", {"files": {"a.pt": {"bytes": 100, "sha256": hashlib.sha256(bytes(100)).hexdigest()}}}
+    )
+    return path
+
+
+def chosen_where_listings_lag(run: Path, looks: int) -> Path | str:
+    """By rank 1 too, which does not see the newest checkpoint in the first `looks`."""
+    blind = iter(range(looks if distributed.rank() == 1 else 0))
+
+    def lagging(folder: Path) -> list[Path]:
+        return complete(folder)[: -1 if next(blind, None) is not None else None]
+
+    with patch.object(checkpoint, "complete", lagging), patch.object(checkpoint, "SIGHT", 1.0):
+        try:
+            return Checkpoints(run, keep=1, keep_every=None).newest()
+        except RunFailed as error:
+            return str(error)
+
+
+def test_all_ranks_choose_the_same(two_ranks: Callable, tmp_path: Path) -> None:
+    """Also where a network file system shows one of them an older listing; for ever, the run ends."""
+    newest = [made(tmp_path, step) for step in (5, 10)][-1]
+    assert two_ranks(chosen_where_listings_lag, tmp_path, 3) == [newest] * 2
+    first, second = two_ranks(chosen_where_listings_lag, tmp_path, 10**6)
+    assert first == second
+    assert re.match(rf"rank 1 \(.*\) does not see {newest}, as rank 0 does", first)
+
+
+def progress_while_read(run: Path) -> int:
+    calls = []
+    with patch.object(checkpoint, "CHUNK", 9):
+        Checkpoints(run, keep=1, keep_every=None, progress=lambda: calls.append(None)).newest()
+    return len(calls)
+
+
+def test_reading_makes_progress(one_rank: Callable, tmp_path: Path) -> None:
+    """Of which the watchdog hears: a large checkpoint is no hang."""
+    made(tmp_path, 5)
+    assert one_rank(progress_while_read, tmp_path) == [12]
+
+
+def test_damaged_ones_are_not_kept_in_the_place_of_new_ones(one_rank: Callable, vit: Callable[..., Config]) -> None:
+    """Though their steps are higher; what is left of them stays."""
+    cfg, later = (
+        vit(model={"depth": 1}, train={"length": "40step"}, checkpoint={"every": "5step", "keep": keep})
+        for keep in (3, 1)
+    )
+    one_rank(run_until, cfg, 33)
+    for path in complete(run_folder(cfg))[1:]:
+        flip(next(path.glob("*.pt")))
+    one_rank(run_until, later, 28)
+    assert "resumed at step 20" in said(cfg)
+    assert steps(cfg) == [25]
+    aside = sorted((run_folder(cfg) / "checkpoints").glob("damaged_*"))
+    assert [path.name for path in aside] == ["damaged_step_00000025", "damaged_step_00000030"]
+    assert all(list(path.glob("*.pt")) for path in aside)
+
+
+def test_nothing_undamaged_is_the_end(one_rank: Callable, vit: Callable[..., Config]) -> None:
+    """Nothing that the run has is lost: one of them may come back."""
+    cfg = vit(checkpoint={"every": "5step"})
+    one_rank(run_until, cfg, 13)
+    before = read_metrics(run_folder(cfg))
+    for path in complete(run_folder(cfg)):
+        flip(next(path.glob("*.pt")))
+    (message,) = one_rank(refused, cfg)
+    assert message.startswith(f"{run_folder(cfg)}/checkpoints: step_00000005, step_00000010: damaged or unreadable")
+    assert steps(cfg) == [5, 10]
+    assert read_metrics(run_folder(cfg)) == before
 
 
 PAIRS = [((2, a), (1, b)) for a, b in ((0, 0), (1, 3), (3, 2))]
@@ -174,6 +258,92 @@ def test_other_stages_in_16_bits(
     assert f"reshaped step_00000005 from 1 block on 2 ranks at ZeRO-{first} to 1 block on 1 rank" in said(broken)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_counters_go_where_the_optimizer_makes_them(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """On a GPU, a made-up one: what the fused AdamW keeps must lie there, or its first step after a reshape fails."""
+    monkeypatch.setattr(reshape.distributed, "together", contextlib.nullcontext)
+    with FakeTensorMode():
+        model = torch.nn.Linear(3, 2, device="cuda")
+        fresh, resumed = (torch.optim.AdamW(model.parameters(), fused=fused) for _ in range(2))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        fresh.step()
+        kept = {
+            name: {key: [torch.zeros(())] if key == "step" else [torch.zeros(weight.shape)]
+                   for key in ("fp32", "exp_avg", "exp_avg_sq", "step")}
+            for name, weight in model.named_parameters()
+        }  # fmt: skip
+        monkeypatch.setattr(reshape.zero, "kept", lambda *_: kept)
+        engine = SimpleNamespace(
+            module=model, optimizer=resumed, zero_optimization_stage=lambda: 0, fp16_enabled=lambda: False
+        )
+        reshape.load(engine, Path(), {"lamb_step": None})
+        devices = [
+            {key: value.device for state in optimizer.state.values() for key, value in state.items()}
+            for optimizer in (fresh, resumed)
+        ]
+    assert devices[0] == devices[1]
+    assert devices[1]["step"].type == ("cuda" if fused else "cpu")
+
+
+def asked_twice(folder: Path) -> list[bool]:
+    """Whether a save is complete for which there is not even a folder."""
+    checkpoints = Checkpoints(folder, keep=1, keep_every=None)
+    with patch.object(Path, "mkdir", side_effect=OSError(28, "No space left on device")):
+        checkpoints.save(None, None, 5, {})
+    return [checkpoints.finish(), checkpoints.finish()]
+
+
+def test_a_failed_save_has_failed_until_the_next_one(two_ranks: Callable, tmp_path: Path) -> None:
+    """Whoever asks first, a cut or the end of the run."""
+    assert two_ranks(asked_twice, tmp_path) == [[False, False]] * 2
+
+
+def run_that_cannot_read_its_parts(cfg: Config, error: Exception) -> str:
+    def stale(path: Path) -> dict:
+        if path.name.startswith("part_"):
+            raise error
+        return read_json(path)
+
+    with patch.object(checkpoint, "read_json", stale):
+        return refused(cfg)
+
+
+@pytest.mark.parametrize("error", [UserError("Stale file handle"), MemoryError()])
+def test_a_save_that_cannot_be_completed_has_failed(
+    one_rank: Callable, vit: Callable[..., Config], error: Exception
+) -> None:
+    """Whatever it is that ends the thread which completes it."""
+    cfg = vit(model={"depth": 1}, train={"length": "5step"})
+    (message,) = one_rank(run_that_cannot_read_its_parts, cfg, error)
+    assert "step 5: the last checkpoint could not be written" in message
+    assert isinstance(error, MemoryError) or "was NOT saved: Stale file handle; training goes on" in said(cfg)
+
+
+def run_that_cannot_remove(cfg: Config) -> str:
+    remove = shutil.rmtree
+
+    def in_use(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty")
+        remove(path, ignore_errors)
+
+    with patch.object(shutil, "rmtree", in_use):
+        return refused(cfg)
+
+
+def test_what_cannot_be_removed_fails_no_save(one_rank: Callable, vit: Callable[..., Config]) -> None:
+    """It is no checkpoint any more, and the next start removes it."""
+    cfg = vit(model={"depth": 1}, train={"length": "10step"}, checkpoint={"every": "5step", "keep": 1})
+    folder = run_folder(cfg) / "checkpoints"
+    assert one_rank(run_that_cannot_remove, cfg) == [""]
+    assert steps(cfg) == [10]
+    assert f"WARNING {folder}/step_00000005 is not to be kept, but cannot be removed: Directory not empty" in said(cfg)
+    assert {path.name for path in folder.iterdir()} == {"step_00000010", ".step_00000005.tmp"}
+    one_rank(run, cfg)
+    assert [path.name for path in folder.iterdir()] == ["step_00000010"]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own of 3 MB."""
@@ -215,19 +385,20 @@ def said(cfg: Config) -> str:
     return (run_folder(cfg) / "train.log").read_text()
 
 
+@pytest.mark.parametrize("full", [range(3, 8), range(8, 13)], ids=["first save", "second save"])
 def test_a_full_disk_fails_the_save_and_not_the_run(
-    two_ranks: Callable, vit: Callable[..., Config], small_disk: Path
+    two_ranks: Callable, vit: Callable[..., Config], small_disk: Path, full: range
 ) -> None:
     """It is loud; the metrics of that time are written later; the next save is complete."""
     train = {"log_every": "1step", "zero_stage": 1}
     whole = vit(run={"name": "whole"}, train=train)
     cfg = vit(run={"name": "full", "dir": str(small_disk)}, train=train)
     two_ranks(run, whole)
-    assert two_ranks(filled_run, cfg, small_disk, range(8, 13)) == ["", ""]
+    assert two_ranks(filled_run, cfg, small_disk, full) == ["", ""]
     assert steps(cfg) == [15, 20]
     assert measured(cfg) == measured(whole)
     log = said(cfg)
-    assert "step_00000010 was NOT saved: No space left on device; training goes on" in log
+    assert f"step_{full.start + 2:08d} was NOT saved: No space left on device; training goes on" in log
 
 
 def test_a_disk_that_stays_full(two_ranks: Callable, vit: Callable[..., Config], small_disk: Path) -> None:

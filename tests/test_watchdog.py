@@ -1,18 +1,27 @@
 """When ranks go wrong, the job ends on all of them and says which rank it was and where; signals stop a run safely."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
+import forked
 import pytest
-from killable import Start, said, trained
+from killable import Start, pretrain, said, trained
 from made import numbered_images
-from test_pretrain import command_line, measured
+from test_pretrain import command_line, measured, refused
 
+from acn_scale import checkpoint, distributed
+from acn_scale.checkpoint import complete
 from acn_scale.cli import load_config
+from acn_scale.config import Config
+from acn_scale.runs import run_folder
 from acn_scale.stopping import EXIT_STOPPED
 from acn_scale.watchdog import EXIT_ABORTED
 
@@ -68,6 +77,47 @@ def test_a_rank_that_dies_is_named(tmp_path: Path, arguments: list[str]) -> None
     # The next start clears that away and goes on.
     assert Start(arguments, tmp_path / "record", 2).wait() == [0, 0]
     assert not (tmp_path / "runs/tiny/health/failure.json").exists()
+
+
+def run_that_saves_slowly(cfg: Config) -> tuple[str, float]:
+    """On rank 1: in small pieces, each of which is a while on its way to the disk."""
+    begin, sync = time.monotonic(), os.fsync
+
+    def slow(file: int) -> None:
+        if threading.current_thread().name == "checkpoint":
+            time.sleep(0.7)
+        sync(file)
+
+    slowly = patch.object(os, "fsync", slow) if distributed.rank() == 1 else contextlib.nullcontext()
+    with slowly, patch.object(checkpoint, "CHUNK", 2**11):
+        return refused(cfg), time.monotonic() - begin
+
+
+def test_a_slow_save_is_no_hang(two_ranks: Callable, vit: Callable[..., Config]) -> None:
+    """Both ranks wait for it, at the end of the run, for longer than health.hang_timeout; and it is saved."""
+    train = {"length": "5step", "zero_stage": 1}
+    cfg = vit(model={"depth": 1}, train=train, health={"hang_timeout": 3.0})
+    for message, seconds in two_ranks(run_that_saves_slowly, cfg):
+        assert message == ""
+        assert seconds > 3 + 6
+    assert [path.name for path in complete(run_folder(cfg))] == ["step_00000005"]
+
+
+def pretrain_with_a_disk_that_hangs(arguments: list[str], record: Path) -> None:
+    def hang(file: int) -> None:
+        if threading.current_thread().name == "checkpoint":
+            time.sleep(1000)
+
+    os.fsync = hang
+    pretrain(arguments, record, 0, 1, 0, None)
+
+
+def test_a_save_that_hangs_is_a_hang(tmp_path: Path, arguments: list[str]) -> None:
+    """The next one waits for it."""
+    process = forked.process(pretrain_with_a_disk_that_hangs, arguments, tmp_path / "record")
+    process.join(60)
+    assert process.exitcode == EXIT_ABORTED
+    assert re.match(r"rank 0 \(.*\), step 20, checkpoint, hangs for \d+ s", failure(tmp_path)["reason"])
 
 
 def test_sigusr1_prints_the_stacks_of_all_ranks(tmp_path: Path, arguments: list[str]) -> None:

@@ -98,7 +98,9 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     every: Interval = Field("1ep", description="between two checkpoints; one is always made at the end")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
-    keep_every: Interval | None = Field(None, description="checkpoints at multiples of this are kept for good")
+    keep_every: Interval | None = Field(
+        None, description="the first checkpoint at or after each multiple of this is kept for good"
+    )
 
 
 class HealthConfig(Section):
