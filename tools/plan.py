@@ -20,8 +20,8 @@ def main() -> None:
     add("--gpus-per-node", type=positive, default=8, help="GPUs of each (default: 8)")
     add("--gpu", choices=DEVICES, default="h100-80gb", help="(default: h100-80gb)")
     add("--mfu", type=share, default=0.4, help="share of the peak rate that the model reaches (default: 0.4)")
-    add("--link", type=positive_number, default=25.0, metavar="GB/S", help="what each GPU sends in a second, in 1e9 bytes "
-        "(default: 25)")  # fmt: skip
+    add("--link", type=positive_number, default=25.0, metavar="GB/S", help="what each GPU sends in a second, in 1e9 "
+        "bytes (default: 25)")  # fmt: skip
     add("--price", type=positive_number, default=0.0, help="of an hour of one GPU: adds the cost")
     add("--samples", type=positive, help="of an epoch, where the shards are not made yet")
     args = parser.parse_intermixed_args()
