@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from acn_scale import checkpoint, curriculum, distributed, pruning
-from acn_scale.checkpoint import Checkpoints
 from acn_scale.cli import config_from_args, exit_on_user_error
 from acn_scale.config import Config, SentenceDataConfig
 from acn_scale.continual import TaskSequence
@@ -32,6 +31,7 @@ from acn_scale.models import build_model
 from acn_scale.optim import freeze, learning_rate
 from acn_scale.profiling import Profiler
 from acn_scale.runs import append_bad_step, check_run_folder, open_run_folder, restarts
+from acn_scale.saving import Checkpoints
 from acn_scale.stopping import EXIT_STOPPED, StopSignals
 from acn_scale.watchdog import Watchdog
 

@@ -17,8 +17,8 @@ import torch
 from test_pretrain import measured, named, refused, run, run_until
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from acn_scale import checkpoint, distributed, reshape
-from acn_scale.checkpoint import Checkpoints, complete, damage, load, read_state
+from acn_scale import checkpoint, distributed, reshape, saving
+from acn_scale.checkpoint import complete, damage, load, read_state
 from acn_scale.config import Config
 from acn_scale.convert import read_model
 from acn_scale.data import build_stream
@@ -26,6 +26,7 @@ from acn_scale.engine import build_engine
 from acn_scale.errors import RunFailed, UserError
 from acn_scale.models import build_model
 from acn_scale.runs import read_json, read_metrics, run_folder, write_json
+from acn_scale.saving import Checkpoints
 from acn_scale.zero import kept
 
 
@@ -101,7 +102,7 @@ def chosen_where_listings_lag(run: Path, looks: int) -> Path | str:
     def lagging(folder: Path) -> list[Path]:
         return complete(folder)[: -1 if next(blind, None) is not None else None]
 
-    with patch.object(checkpoint, "complete", lagging), patch.object(checkpoint, "SIGHT", 1.0):
+    with patch.object(saving, "complete", lagging), patch.object(saving, "SIGHT", 1.0):
         try:
             return Checkpoints(run, keep=1, keep_every=None).newest()
         except RunFailed as error:
@@ -305,7 +306,7 @@ def run_that_cannot_read_its_parts(cfg: Config, error: Exception) -> str:
             raise error
         return read_json(path)
 
-    with patch.object(checkpoint, "read_json", stale):
+    with patch.object(saving, "read_json", stale):
         return refused(cfg)
 
 

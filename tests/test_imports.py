@@ -16,7 +16,7 @@ ROWS = [
     {"log", "progress", "runs", "models", "data", "optim", "guard", "profiling"},
     {"engine", "reshape", "depth", "watchdog", "curriculum", "gradients", "pruning"},
     {"checkpoint", "ema", "memory", "dead_blocks", "early_exit", "continual"},
-    {"convert", "batches", "results"},
+    {"convert", "batches", "results", "saving"},
     {"pretrain", "report"},
     {"benchmark", "plan", "evaluation", "downstream", "movement"},
     {"finetune", "sparsity"},

@@ -22,9 +22,10 @@ from acn_scale.config import Config
 from acn_scale.data import build_stream, tar
 from acn_scale.data.classes import read_classes
 from acn_scale.data.decode import Picture
-from acn_scale.data.image_sources import ImageSource, open_images
+from acn_scale.data.image_sources import open_images
 from acn_scale.data.make import Making
 from acn_scale.data.make_images import describe_images, index_shards, make_image_shards
+from acn_scale.data.raw_images import ImageSource
 from acn_scale.data.selection import select
 from acn_scale.errors import UserError
 

@@ -17,7 +17,7 @@ from killable import Start, pretrain, said, trained
 from made import numbered_images
 from test_pretrain import command_line, measured, refused
 
-from acn_scale import checkpoint, distributed
+from acn_scale import distributed, saving
 from acn_scale.checkpoint import complete
 from acn_scale.cli import load_config
 from acn_scale.config import Config
@@ -89,7 +89,7 @@ def run_that_saves_slowly(cfg: Config) -> tuple[str, float]:
         sync(file)
 
     slowly = patch.object(os, "fsync", slow) if distributed.rank() == 1 else contextlib.nullcontext()
-    with slowly, patch.object(checkpoint, "CHUNK", 2**11):
+    with slowly, patch.object(saving, "CHUNK", 2**11):
         return refused(cfg), time.monotonic() - begin
 
 

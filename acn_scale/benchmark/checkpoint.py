@@ -15,8 +15,8 @@ from acn_scale.benchmark.rows import Row
 from acn_scale.benchmark.sides import Measure, seconds_beside
 from acn_scale.benchmark.startup import startup
 from acn_scale.benchmark.trainer import build_trainer, hide_deepspeed
-from acn_scale.checkpoint import Checkpoints
 from acn_scale.config import Config
+from acn_scale.saving import Checkpoints
 
 BATCH = 4  # a checkpoint does not depend on it
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from acn_scale.data.image_sources import ImageSource, RandomAccess, RawImage
+from acn_scale.data.raw_images import ImageSource, RandomAccess, RawImage
 from acn_scale.errors import UserError
 
 
