@@ -235,7 +235,7 @@ def test_what_is_no_image_is_left_out_and_listed(tmp_path: Path) -> None:
     index = make_image_shards(f"folder:{tmp_path}/in", "train", tmp_path / "out", shard_size=2)
     assert index.num_samples == 2
     left_out = sorted(index.info["left_out"])
-    assert [line[:8] for line in left_out] == ["a/1.jpg:", "a/2.jpg:", "a/3.jpg:", "a/5.jpg:", "a/6-\udce9.jp"]
+    assert [line[:8] for line in left_out] == ["a/1.jpg:", "a/2.jpg:", "a/3.jpg:", "a/5.jpg:", "a/6-\\xe9"]
     assert left_out[3] == "a/5.jpg: cannot be read: No such file or directory"
     assert {content[:4] for content, _ in written(tmp_path / "out")} == {picture(0)[:4], b"\x89PNG"}
 

@@ -152,7 +152,7 @@ def _write(
             try:
                 extension, content = prepare(image, shrink, pixels if position % every == 0 else None)
             except BadData as error:
-                left_out.append(f"{image.name or f'image {position}'}: {error}")
+                left_out.append(f"{image.shown or f'image {position}'}: {error}")
                 continue
             key = "-".join(filter(None, [f"{position:08d}", re.sub(r"[^\w-]", "_", Path(image.name).stem)]))
             yield {"__key__": key, extension: content, "cls": str(image.label).encode()}
@@ -214,7 +214,7 @@ def index_shards(folder: Path, *, classes: Sequence[str] | None = None, workers:
                     raise BadData(f"no file that ends in one of {', '.join(ENCODINGS)}, which alone are read as images")
                 prepare(raw, None, pixels if number % every == 0 else None)
             except BadData as error:
-                bad.append(f"{paths[part].name}: {raw.name}: {error}")
+                bad.append(f"{paths[part].name}: {raw.shown}: {error}")
         return describe(paths[part], images.sizes[part]), pixels.notes(), bad
 
     pixels, shards, bad = Pixels(), [], []

@@ -21,6 +21,11 @@ class RawImage(NamedTuple):
     name: str
     problem: str = ""
 
+    @property
+    def shown(self) -> str:
+        """Its name as any text may hold it: bytes that are no UTF-8 as \\xe9."""
+        return self.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
 
 class ImageSource(Protocol):
     """`identity` changes when the images do. `size` is None where only reading on tells how many there are."""
