@@ -10,8 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from acn_scale.config import OF_SUBLAYERS
-
 State = tuple[Tensor, ...]
 Block = Callable[..., Tensor]
 
@@ -281,6 +279,9 @@ CONNECTIVITY: dict[str, type[Connectivity]] = {
     "denseformer": DenseFormer,
     "hyper": HyperConnections,
 }
+# Variants of the residual network, which has a skip round each sublayer: they join the sublayers of all blocks. As in
+# the config, which this cannot import: exported networks take this file with them, alone.
+OF_SUBLAYERS = ("h_acn", "layer_scale", "rezero", "layernorm_scaling", "value_residual", "hyper")
 
 
 def patterns(connectivity: str, inner: str) -> tuple[str, str]:
