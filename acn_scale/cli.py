@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -75,44 +76,24 @@ def text_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return value
+def number(kind: type, fits: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
+    """For argparse: an int or a float that `fits`; `what` says which do."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text}: must be {what}")
+        return value
+
+    read.__name__ = "whole number" if kind is int else "number"  # what argparse calls it for a text that is none
+    return read
 
 
-def not_negative(text: str) -> int:
-    """A whole number from 0 on, for argparse."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more")
-    return value
-
-
-def points(text: str) -> float:
-    """Of accuracy, from 0 to 100, for argparse."""
-    value = float(text)
-    if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{text}: must be from 0 to 100")
-    return value
-
-
-def positive_number(text: str) -> float:
-    """Above 0, for argparse."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
-    return value
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1, for argparse."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be from 0 to 1")
-    return value
+positive = number(int, lambda value: value >= 1, "1 or more")
+not_negative = number(int, lambda value: value >= 0, "0 or more")
+positive_number = number(float, lambda value: 0 < value < math.inf, "above 0")
+points = number(float, lambda value: 0 <= value <= 100, "from 0 to 100")  # of accuracy
+share = number(float, lambda value: 0 <= value <= 1, "from 0 to 1")
 
 
 def length(text: str) -> str:

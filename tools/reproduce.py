@@ -12,7 +12,8 @@ from acn_scale.cli import exit_on_user_error, positive
 def main() -> None:
     from acn_scale.studies import STUDIES
     from acn_scale.studies.arguments import parser_of, setting_of
-    from acn_scale.studies.runner import reproduce, usual_workers
+    from acn_scale.studies.runner import reproduce
+    from acn_scale.studies.workers import usual_workers
 
     parser = parser_of(__doc__)
     parser.add_argument("--workers", type=positive, help="runs at a time (default: one a GPU, or one a core where "
