@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acn_scale import distributed
+from acn_scale import distributed, foreach
 from acn_scale.config import Config, OptimConfig
 from acn_scale.errors import UserError
 from acn_scale.optim import build_optimizer, parameter_groups, part_of
@@ -76,6 +76,7 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     config = deepspeed_config(cfg, world_size, trained)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    foreach.speed_up(engine.optimizer)
     if world_size == 1 and cfg.train.zero_stage == 0:
         engine.enable_backward_allreduce = False  # it copies all gradients, to sum them with nobody's
     return engine

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gpus  # noqa: F401 before what could look for them
 import numpy as np
 import pytest
 import torch

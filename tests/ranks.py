@@ -1,10 +1,11 @@
-"""Long-lived ranks for tests: real processes in a real gloo group."""
+"""Long-lived ranks for tests: real processes in a real process group."""
 
 import os
 import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from types import ModuleType
 from typing import Any
 
 import forked
@@ -17,8 +18,10 @@ GRACE = 5  # seconds for the others after one rank has failed: they may hang in 
 class Ranks:
     """Call it with a function of a test module: it runs on every rank; the results come back in order of rank."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, on: ModuleType = forked) -> None:
+        """`on`: forked, which are CPUs, or gpus."""
         self.world_size = world_size
+        self.on = on
         self._start()
 
     def _start(self) -> None:
@@ -27,9 +30,9 @@ class Ranks:
             port = server.getsockname()[1]
         self.pipes, self.processes = [], []
         for rank in range(self.world_size):
-            ours, theirs = forked.Pipe()
+            ours, theirs = self.on.Pipe()
             self.pipes.append(ours)
-            self.processes.append(forked.process(_serve, theirs, rank, self.world_size, port))
+            self.processes.append(self.on.process(_serve, theirs, rank, self.world_size, port))
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         for pipe in self.pipes:

@@ -32,6 +32,8 @@ from acn_scale.engine import keep_freed_memory
 from acn_scale.errors import UserError
 from acn_scale.models import build_model
 
+HERE = work.scale(torch.device("cpu"), compiled=False)
+
 
 def test_a_ratio_is_of_figures_of_the_same_round(tmp_path: Path) -> None:
     """The machine slowed down after the first round, both sides alike."""
@@ -100,7 +102,7 @@ def test_both_fine_tune_on_the_same_sentences(tmp_path: Path) -> None:
     info = {"task": "sst2", "split": "train", "classes": ["0", "1"]}
     for split in ("train", "eval"):
         write_split(tmp_path / split, rows, info)
-    cfg = work.config(model, tmp_path, tmp_path, batch=4, precision="fp32", tokenizer=str(peer))
+    cfg = work.config(model, tmp_path, tmp_path, HERE, batch=4, tokenizer=str(peer))
     with contextlib.closing(build_stream(cfg)) as stream:
         batches = [next(stream) for _ in range(6)]
     ours = [
@@ -115,7 +117,7 @@ def test_both_fine_tune_on_the_same_sentences(tmp_path: Path) -> None:
 
 def test_what_a_group_lacks_is_said_before_it_is_measured(tmp_path: Path) -> None:
     (tmp_path / "SST-2").mkdir()
-    nothing = Inputs(None, None, None, (tmp_path, tmp_path), None)
+    nothing = Inputs(None, None, None, (tmp_path, tmp_path), None, False)
     for group, mistake, message in (
         ("data", {"mosaicml": tmp_path / "python"}, "--mosaicml .*python: No such file"),
         ("data", {"mosaicml": Path("/bin/false")}, "--mosaicml /bin/false: cannot import streaming"),

@@ -198,7 +198,7 @@ def rewritten(cfg: Config, source: Path) -> None:
     if distributed.rank() == 0:
         run_folder(cfg).mkdir(parents=True)
         write_json(run_folder(cfg) / "config.json", cfg.model_dump(mode="json"))
-    engine = build_engine(build_model(cfg.model), cfg, torch.device("cpu"), distributed.world_size())
+    engine = build_engine(build_model(cfg.model), cfg, distributed.local_device(), distributed.world_size())
     stream = build_stream(cfg, distributed.rank(), distributed.world_size())
     state = load(engine, stream, source)
     checkpoints = Checkpoints(run_folder(cfg), keep=1, keep_every=None)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 
 from acn_scale import distributed
 from acn_scale import engine as engine_module
@@ -57,8 +58,8 @@ def engine_run(cfg: Config, steps: int = STEPS) -> tuple[list[float], list[dict[
     """The same on this rank of a DeepSpeed run; an evaluation comes before the first step."""
     rank, world_size = distributed.rank(), distributed.world_size()
     torch.manual_seed(cfg.run.seed)
-    engine = build_engine(build_model(cfg.model), cfg, torch.device("cpu"), world_size)
-    first = evaluate(engine.module, build_evaluation(cfg, rank, world_size), torch.device("cpu"))
+    engine = build_engine(build_model(cfg.model), cfg, distributed.local_device(), world_size)
+    first = evaluate(engine.module, build_evaluation(cfg, rank, world_size), distributed.local_device())
     stream = build_stream(cfg, rank, world_size)
     horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
     losses, norms = [], []
@@ -125,7 +126,7 @@ def test_evaluation_does_not_depend_on_ranks(one_rank: Callable, two_ranks: Call
 
 def skipped_run(cfg: Config) -> tuple[bool, bool, bool]:
     """Whether a step was applied on good data, after one NaN pixel, and on good data again; and weights stayed."""
-    engine = build_engine(build_model(cfg.model), cfg, torch.device("cpu"), distributed.world_size())
+    engine = build_engine(build_model(cfg.model), cfg, distributed.local_device(), distributed.world_size())
     images = torch.rand(8, 1, 8, 8)
     broken = images.clone()
     if distributed.rank() == 0:
@@ -134,7 +135,38 @@ def skipped_run(cfg: Config) -> tuple[bool, bool, bool]:
     return tuple(train_step(engine, iter([batch]), 1e-3, measure_gradients=False).applied for batch in batches)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+def weights_after(cfg: Config, own_loops: bool) -> list[torch.Tensor]:
+    """What is kept in fp32 after some steps, one of them on a NaN; `own_loops`: DeepSpeed's."""
+    fast = engine_module.foreach.speed_up
+    engine_module.foreach.speed_up = (lambda optimizer: None) if own_loops else fast
+    try:
+        torch.manual_seed(0)
+        engine = build_engine(build_model(cfg.model), cfg, distributed.local_device(), distributed.world_size())
+    finally:
+        engine_module.foreach.speed_up = fast
+    stream = build_stream(cfg, distributed.rank(), distributed.world_size())
+    for step in range(6):
+        batch = next(stream)
+        if step == 3 and distributed.rank() == 1:
+            batch["images"][0, 0, 0, 0] = torch.nan
+        assert train_step(engine, iter([batch]), 1e-2).applied == (step != 3)
+    if cfg.train.zero_stage:
+        return [safe_get_full_fp32_param(parameter) for parameter in engine.module.parameters()]
+    return [weight.detach() for group in engine.optimizer.fp32_groups for weight in group]
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.1])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_an_update_at_once_is_deepspeed_s(
+    two_ranks: Callable, vit: Callable[..., Config], stage: int, clip_norm: float
+) -> None:
+    cfg = vit(train={"zero_stage": stage, "precision": "bf16", "clip_norm": clip_norm}, model={"depth": 1})
+    for got, expected in zip(two_ranks(weights_after, cfg, False), two_ranks(weights_after, cfg, True), strict=True):
+        assert all(weight.abs().max() > 1e-4 for weight in expected)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_skipped_updates_show(two_ranks: Callable, vit: Callable[..., Config], stage: int) -> None:
     """A NaN on one rank skips the update on all, and they say so."""
     cfg = vit(train={"zero_stage": stage, "precision": "bf16"}, model={"depth": 1})
@@ -153,7 +185,7 @@ def fp16_norms(cfg: Config) -> tuple[float, float]:
         for precision in ("fp16", "fp32"):
             torch.manual_seed(0)
             precise = cfg.model_copy(update={"train": cfg.train.model_copy(update={"precision": precision})})
-            engine = build_engine(build_model(cfg.model), precise, torch.device("cpu"), distributed.world_size())
+            engine = build_engine(build_model(cfg.model), precise, distributed.local_device(), distributed.world_size())
             step = Step(stop=False)
             while not step.applied:  # the scale begins too high
                 step = train_step(engine, iter([batch]), 1e-3, measure_gradients=True)

@@ -14,7 +14,7 @@ import torch
 from ranks import Ranks
 from test_pretrain import run
 
-from acn_scale import pretrain
+from acn_scale import distributed, pretrain
 from acn_scale.config import Config
 from acn_scale.depth import as_trained, batch_of, step_flops
 from acn_scale.engine import build_engine, train_step
@@ -111,7 +111,7 @@ def peaks(ranks: int) -> list[int]:
 
 
 def steps_of(cfg: Config, ranks: int) -> None:
-    engine = build_engine(build_model(cfg.model), cfg, torch.device("cpu"), ranks)
+    engine = build_engine(build_model(cfg.model), cfg, distributed.local_device(), ranks)
     batches = repeat(batch_of(cfg.model, cfg.train.micro_batch_size, 0.15))
     for _ in range(2):
         train_step(engine, batches, 1e-3)

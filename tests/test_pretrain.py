@@ -16,12 +16,11 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
 from killable import Start, said, trained
 from made import image_folder, numbered_images, png
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from acn_scale import pretrain
+from acn_scale import distributed, pretrain
 from acn_scale.cli import load_config
 from acn_scale.config import Config
 from acn_scale.errors import RunFailed, UserError
@@ -32,7 +31,7 @@ SCRIPT = Path(pretrain.__file__)
 
 
 def run(cfg: Config) -> None:
-    pretrain.train(cfg, torch.device("cpu"))
+    pretrain.train(cfg, distributed.local_device())
 
 
 def run_until(cfg: Config, step: int) -> None:

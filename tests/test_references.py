@@ -56,7 +56,7 @@ def test_residual_mixer_equals_timm() -> None:
     randomize(theirs)
     names = {"embed.proj": "stem.proj", "head.norm": "norm", "head.linear": "head"}
     for index, (norm, mlp) in enumerate((("norm1", "mlp_tokens"), ("norm2", "mlp_channels"))):
-        op = f"trunk.blocks.{{}}.blocks.{index}.op" + (".mlp" if mlp == "mlp_tokens" else "")
+        op = f"trunk.blocks.{{}}.blocks.{index}.op"
         names |= {f"{op}.{fc}": f"blocks.{{}}.{mlp}.{fc}" for fc in ("fc1", "fc2")}
         names[f"trunk.blocks.{{}}.blocks.{index}.norm"] = f"blocks.{{}}.{norm}"
     copy_weights(ours, theirs, names)

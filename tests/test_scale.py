@@ -34,7 +34,7 @@ def trained(cfg: Config) -> list[tuple[float, dict[str, torch.Tensor]]]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     torch.manual_seed(0)
-    engine = build_engine(build_model(cfg.model), cfg, torch.device("cpu"), distributed.world_size())
+    engine = build_engine(build_model(cfg.model), cfg, distributed.local_device(), distributed.world_size())
     stream = build_stream(cfg, distributed.rank(), distributed.world_size())
     results = []
     for step in range(STEPS):
@@ -82,7 +82,7 @@ def test_offload_computes_the_same(two_ranks: Callable, vit: Callable[..., Confi
 
 
 def offloaded(cfg: Config) -> bool:
-    engine = build_engine(build_model(cfg.model), cfg, torch.device("cpu"), distributed.world_size())
+    engine = build_engine(build_model(cfg.model), cfg, distributed.local_device(), distributed.world_size())
     return bool((engine.zero_offload_optimizer() and engine.zero_offload_param()) or cfg.train.offload == "optimizer")
 
 
@@ -242,7 +242,7 @@ def test_ema_averages_what_bf16_does_not_round(one_rank: Callable, vit: Callable
 
 def ema_of_a_small_step(cfg: Config) -> float:
     """How far the average of a large weight has gone."""
-    engine = build_engine(build_model(cfg.model), cfg, torch.device("cpu"), 1)
+    engine = build_engine(build_model(cfg.model), cfg, distributed.local_device(), 1)
     average = WeightAverage(engine, cfg.train.ema_decay)
     before = average.average["head.linear.weight"].clone()
     train_step(engine, build_stream(cfg), 1e-6)

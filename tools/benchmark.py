@@ -28,6 +28,7 @@ def main() -> None:
                         help="for inference; default: those of `make quickstart`")  # fmt: skip
     parser.add_argument("--rounds", type=positive, default=5, help="rounds that count (default: 5)")
     parser.add_argument("--threads", type=positive, help="of each side (default: PyTorch's; data always has one)")
+    parser.add_argument("--compile", action="store_true", help="the blocks of both sides (model, loop)")
     parser.add_argument("--json", type=Path, help="file to write the rows to, an object a line")
     args = parser.parse_args()
 
@@ -40,7 +41,7 @@ def main() -> None:
     from acn_scale.benchmark.rows import save, table
 
     what = WHAT if args.what == "all" else [args.what]
-    inputs = Inputs(args.images, args.text, args.glue, args.runs, args.mosaicml)
+    inputs = Inputs(args.images, args.text, args.glue, args.runs, args.mosaicml, args.compile)
     rows = []
     for more in measure(what, inputs, args.rounds, args.threads):
         rows += more

@@ -27,7 +27,7 @@ def checkpoint_rows(text: Path | None, rounds: int, scale: work.Scale) -> list[R
         folder = Path(name)
         shards = text or work.pydoc_shards(folder / "text", scale.bert.max_tokens)
         peer = work.write_peer("hf", scale.bert, folder / "peer", shards)
-        cfg = work.config(scale.bert, shards, folder, batch=BATCH, precision=scale.precision)
+        cfg = work.config(scale.bert, shards, folder, scale, batch=BATCH)
         sides = {"ours": (our_stall, cfg), "theirs": (trainer_stall, cfg, peer, folder / "trainer")}
         work_of = f"training waits for a checkpoint of {describe(scale.bert)}"
         stall = seconds_beside(work_of, "Transformers Trainer", sides, rounds)

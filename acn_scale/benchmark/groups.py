@@ -32,6 +32,7 @@ class Inputs:
     glue: Path | None  # official TSV files
     runs: tuple[Path, Path]  # of an ACN and its twin
     mosaicml: Path | None  # a Python that has mosaicml-streaming, which takes older packages than ours
+    compile: bool  # the blocks of both sides (model, loop)
 
 
 def measure(groups: Sequence[str], inputs: Inputs, rounds: int, threads: int | None) -> Iterator[list[Row]]:
@@ -66,6 +67,7 @@ def _check_mosaicml(python: Path) -> None:
 
 def _rows(group: str, inputs: Inputs, rounds: int) -> list[Row]:
     """Imports what the group needs, and no more."""
+    here = scale(local_device(), compiled=inputs.compile)
     match group:
         case "data":
             from acn_scale.benchmark.data import data_rows
@@ -81,15 +83,14 @@ def _rows(group: str, inputs: Inputs, rounds: int) -> list[Row]:
         case "model":
             from acn_scale.benchmark.model import model_rows
 
-            return model_rows(inputs.text, rounds, scale(local_device()))
+            return model_rows(inputs.text, rounds, here)
         case "loop":
             from acn_scale.benchmark.finetuning import finetuning
             from acn_scale.benchmark.loop import loop_rows
 
-            here = scale(local_device())
             return [*loop_rows(inputs.text, rounds, here), finetuning(inputs.text, inputs.glue, rounds, here)]
         case "checkpoint":
             from acn_scale.benchmark.checkpoint import checkpoint_rows
 
-            return checkpoint_rows(inputs.text, rounds, scale(local_device()))
+            return checkpoint_rows(inputs.text, rounds, here)
     raise AssertionError(group)

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,14 +48,15 @@ def loop_rows(text: Path | None, rounds: int, scale: work.Scale) -> list[Row]:
 
     `text` is as for model_rows.
     """
-    return [_beside_bare(rounds), _beside_trainer(text, rounds, scale), startup(rounds)]
+    return [_beside_bare(rounds, scale), _beside_trainer(text, rounds, scale), startup(rounds)]
 
 
-def _beside_bare(rounds: int) -> Row:
+def _beside_bare(rounds: int, scale: work.Scale) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         for split in ("train", "eval"):
             make_image_shards("digits", split, Path(folder) / split)
-        cfg = work.config(SMALL, Path(folder), Path(folder), batch=64, precision="fp32", steps=STEPS + 1)
+        plain = replace(scale, precision="fp32", compile=False)
+        cfg = work.config(SMALL, Path(folder), Path(folder), plain, batch=64, steps=STEPS + 1)
         work_of = f"loop of {describe(SMALL)} batch 64"
         return seconds_beside(work_of, "bare PyTorch", {"ours": (our_loop, cfg), "bare": (bare_loop, cfg)}, rounds)
 
@@ -65,7 +67,7 @@ def _beside_trainer(text: Path | None, rounds: int, scale: work.Scale) -> Row:
         shards = text or work.pydoc_shards(folder / "text", scale.bert.max_tokens)
         peer = work.write_peer("hf", scale.bert, folder / "peer", shards)
         batch, steps = scale.text_batch, 2 * scale.steps + 1
-        cfg = work.config(scale.bert, shards, folder, batch=batch, precision=scale.precision, steps=steps)
+        cfg = work.config(scale.bert, shards, folder, scale, batch=batch, steps=steps)
         sides = {"ours": (our_loop, cfg), "theirs": (trainer_loop, cfg, peer, folder / "trainer")}
         work_of = f"loop from shards of {describe(scale.bert)} batch {batch}"
         return seconds_beside(work_of, "Transformers Trainer", sides, rounds)

@@ -36,7 +36,7 @@ def model_rows(text: Path | None, rounds: int, scale: work.Scale) -> list[Row]:
             text_model = model is scale.bert
             twins = [model, model.model_copy(update={"connectivity": "acn"})]
             batch = scale.text_batch if text_model else scale.image_batch
-            cfgs = [work.config(twin, shards, Path(folder), batch=batch, precision=scale.precision) for twin in twins]
+            cfgs = [work.config(twin, shards, Path(folder), scale, batch=batch) for twin in twins]
             to, theirs, peer = ("hf", transformers_step, "Transformers") if text_model else ("timm", timm_step, "timm")
             peer_folder = work.write_peer(to, model, Path(folder) / model.name, shards if text_model else None)
             sides = {cfg.model.connectivity: (our_step, cfg, scale.steps) for cfg in cfgs}
@@ -72,9 +72,11 @@ def describe(model: ModelConfig) -> str:
     return f"{model.name} {size}, {model.max_tokens} tokens, vocabulary {model.vocab_size:,},"
 
 
-def _images(model: ImageModelConfig, batch: int) -> dict[str, torch.Tensor]:
-    images = torch.randn(batch, model.channels, model.image_size, model.image_size)
-    return {"images": images, "labels": torch.randint(model.num_classes, (batch,))}
+def _images(cfg: Config, device: torch.device) -> dict[str, torch.Tensor]:
+    """On the device already: how they get there is the work of loaders."""
+    model, batch = cfg.model, cfg.train.global_batch_size
+    images = torch.randn(batch, model.channels, model.image_size, model.image_size, device=device)
+    return {"images": images, "labels": torch.randint(model.num_classes, (batch,), device=device)}
 
 
 @contextmanager
@@ -83,7 +85,7 @@ def our_step(cfg: Config, steps: int) -> Iterator[Measure]:
     with distributed.process_group() as device:
         torch.manual_seed(0)
         if isinstance(cfg.model, ImageModelConfig):
-            stream = repeat(_images(cfg.model, cfg.train.global_batch_size))
+            stream = repeat(_images(cfg, device))
         else:
             stream = build_stream(cfg, device=device)
         engine = build_engine(build_model(cfg.model), cfg, device, 1)
@@ -97,7 +99,14 @@ def transformers_step(cfg: Config, folder: Path, steps: int) -> Iterator[Measure
     device = distributed.local_device()
     task = masked_tokens(Path(cfg.data.train), folder)
     loader = torch.utils.data.DataLoader(
-        task.rows, batch_size=cfg.train.global_batch_size, shuffle=True, drop_last=True, collate_fn=task.collator
+        task.rows,
+        batch_size=cfg.train.global_batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=task.collator,
+        num_workers=cfg.data.workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=cfg.data.workers > 0,
     )
     batches = (batch for _ in repeat(None) for batch in loader)
     yield _peer(task.model, lambda batch: task.model(**batch).loss, batches, cfg, steps, device)
@@ -110,7 +119,7 @@ def timm_step(cfg: Config, folder: Path, steps: int) -> Iterator[Measure]:
     device = distributed.local_device()
     torch.manual_seed(0)
     model = load_timm(folder)
-    batches = repeat(_images(cfg.model, cfg.train.global_batch_size))
+    batches = repeat(_images(cfg, device))
     yield _peer(
         model, lambda batch: F.cross_entropy(model(batch["images"]), batch["labels"]), batches, cfg, steps, device
     )
@@ -119,6 +128,8 @@ def timm_step(cfg: Config, folder: Path, steps: int) -> Iterator[Measure]:
 def _peer(model, loss, batches, cfg: Config, steps: int, device: torch.device) -> Measure:
     """A bare PyTorch loop's step, in bf16 by autocast."""
     model.train().to(device)
+    if cfg.train.compile:
+        work.compile_blocks(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=work.LR, weight_decay=work.WEIGHT_DECAY, fused=True)
 
     def step() -> None:

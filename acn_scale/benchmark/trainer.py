@@ -66,6 +66,7 @@ def build_trainer(cfg: Config, folder: Path, out: Path, *callbacks: Any, **argum
         weight_decay=cfg.optim.weight_decay,
         max_grad_norm=cfg.train.clip_norm,
         bf16=cfg.train.precision == "bf16",
+        dataloader_num_workers=cfg.data.workers,
         lr_scheduler_type="cosine",
         logging_steps=10,
         report_to="none",
@@ -74,6 +75,8 @@ def build_trainer(cfg: Config, folder: Path, out: Path, *callbacks: Any, **argum
     )
     shards = Path(cfg.data.train)
     task = sentences(shards, folder, cfg.model.max_tokens) if cfg.model.num_classes else masked_tokens(shards, folder)
+    if cfg.train.compile:
+        work.compile_blocks(task.model)
     return Trainer(task.model, settings, task.collator, task.rows, callbacks=list(callbacks))
 
 

@@ -34,9 +34,11 @@ class Scale:
     image_batch: int
     precision: str
     steps: int  # of a turn
+    workers: int  # loader processes of each side
+    compile: bool  # both sides by torch.compile, block by block
 
 
-def scale(device: torch.device) -> Scale:
+def scale(device: torch.device, *, compiled: bool) -> Scale:
     """Both sides of a row are the residual network, which the peers have too."""
     bert = {"name": "bert", "connectivity": "residual", "vocab_size": VOCABULARY, "depth": 12, "dropout": 0.1}
     encoder = bert | {"depth": 6, "num_classes": 2}
@@ -53,6 +55,8 @@ def scale(device: torch.device) -> Scale:
             image_batch=128,
             precision="bf16",
             steps=10,
+            workers=4,
+            compile=compiled,
         )
     wide = {"depth": 16, "dim": 128, "token_dim": 64, "channel_dim": 512, "image_size": 32, "patch_size": 4}
     return Scale(
@@ -64,18 +68,21 @@ def scale(device: torch.device) -> Scale:
         image_batch=64,
         precision="fp32",
         steps=1,
+        workers=0,
+        compile=compiled,
     )
 
 
 def config(
-    model: ModelConfig, data: Path, runs: Path, *, batch: int, precision: str, steps: int = 1, **more: Any
+    model: ModelConfig, data: Path, runs: Path, here: Scale, *, batch: int, steps: int = 1, **more: Any
 ) -> Config:
     """Of a run that neither evaluates nor saves before its end. `data` has the shards, in train and eval; `more` are
     other keys of [data]."""
     kind = "images"
     if isinstance(model, BertConfig):
         kind = "sentences" if model.num_classes else "text"
-    shards = {"kind": kind, "train": f"{data}/train", "eval": f"{data}/eval"} | more
+    shards = {"kind": kind, "train": f"{data}/train", "eval": f"{data}/eval"}
+    shards |= {"workers": here.workers} | more
     never = {"every": f"{steps}step"}
     return Config.model_validate(
         {
@@ -83,8 +90,8 @@ def config(
             "model": model.model_dump(),
             "data": shards | ({"mask_ratio": MASK_RATIO} if kind == "text" else {}),
             "optim": {"lr": LR, "weight_decay": WEIGHT_DECAY},
-            "train": {"length": f"{steps}step", "global_batch_size": batch, "precision": precision}
-            | {"clip_norm": CLIP_NORM, "log_every": "10step"},
+            "train": {"length": f"{steps}step", "global_batch_size": batch, "precision": here.precision}
+            | {"clip_norm": CLIP_NORM, "log_every": "10step", "compile": here.compile},
             "eval": never,
             "checkpoint": never,
         }
@@ -124,6 +131,14 @@ def write_peer(to: str, model: ModelConfig, folder: Path, shards: Path | None = 
     net = Network(build_model(model), Card(model=model, source="benchmark", full_depth=model.depth), tokenizer)
     TARGETS[to](net, folder, "fp32")
     return folder
+
+
+def compile_blocks(model: torch.nn.Module) -> None:
+    """As train.compile does it, of a network of Transformers' or timm's."""
+    names = (".layer", "blocks")  # of an encoder's layers; of timm's blocks
+    blocks = next(module for name, module in model.named_modules() if name.endswith(names))
+    for block in blocks:
+        block.compile()
 
 
 def seconds(step: Callable[[], Any], steps: int) -> float:

@@ -81,8 +81,8 @@ TIMM_VIT_MEAN: Names = TIMM_VIT | {"head.norm": "fc_norm"}  # pool = "mean"
 TIMM_MIXER: Names = {
     "embed.proj": "stem.proj",
     "trunk.blocks.{}.blocks.0.norm": _BLOCK + "norm1",
-    "trunk.blocks.{}.blocks.0.op.mlp.fc1": _BLOCK + "mlp_tokens.fc1",
-    "trunk.blocks.{}.blocks.0.op.mlp.fc2": _BLOCK + "mlp_tokens.fc2",
+    "trunk.blocks.{}.blocks.0.op.fc1": _BLOCK + "mlp_tokens.fc1",
+    "trunk.blocks.{}.blocks.0.op.fc2": _BLOCK + "mlp_tokens.fc2",
     "trunk.blocks.{}.blocks.1.norm": _BLOCK + "norm2",
     "trunk.blocks.{}.blocks.1.op.fc1": _BLOCK + "mlp_channels.fc1",
     "trunk.blocks.{}.blocks.1.op.fc2": _BLOCK + "mlp_channels.fc2",

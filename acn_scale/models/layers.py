@@ -54,8 +54,9 @@ class Attention(nn.Module):
         first, and the second output with `first_values`: (batch, num_heads, tokens, head_dim).
         """
         batch, tokens, dim = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, num_heads, tokens, head_dim)
+        # Taken apart before they are transposed, so that their gradients are put together where they belong.
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads).unbind(2)
+        q, k, v = (each.transpose(1, 2) for each in qkv)  # each (batch, num_heads, tokens, head_dim)
         if first is None:
             first = v
         else:
@@ -74,17 +75,26 @@ class Attention(nn.Module):
         return (x, first) if self.first_values else x
 
 
+class OverTokens(nn.Linear):
+    """A linear map over the tokens, the same for every feature, which nothing need be transposed for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, in_features, dim) -> (batch, out_features, dim)."""
+        return torch.baddbmm(self.bias[:, None], self.weight.expand(len(x), -1, -1), x)
+
+
 class MLP(nn.Module):
-    """Two linear maps with GELU between them.
+    """Two linear maps with GELU between them: over the features, or as a Mixer's token mixing (Tolstikhin et al. 2021,
+    Eq. 1) over the tokens.
 
     `bypass` adds a fixed identity round each map, as the ACN authors' ViT code does: with D = [I; 0],
     h = GELU(W1 x + b1 + D x), output W2 h + b2 + D^T h. Its hidden width must be at least `dim`.
     """
 
-    def __init__(self, dim: int, mlp_dim: int, *, bypass: bool = False) -> None:
+    def __init__(self, dim: int, mlp_dim: int, *, bypass: bool = False, linear: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, mlp_dim)
-        self.fc2 = nn.Linear(mlp_dim, dim)
+        self.fc1 = linear(dim, mlp_dim)
+        self.fc2 = linear(mlp_dim, dim)
         self.bypass = bypass
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -95,18 +105,6 @@ class MLP(nn.Module):
         hidden = F.gelu(hidden)
         y = self.fc2(hidden)
         return y + hidden[..., : y.shape[-1]] if self.bypass else y
-
-
-class TokenMixing(nn.Module):
-    """An MLP over the tokens, the same for every feature (Tolstikhin et al. 2021, Eq. 1)."""
-
-    def __init__(self, num_tokens: int, token_dim: int) -> None:
-        super().__init__()
-        self.mlp = MLP(num_tokens, token_dim)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (batch, num_tokens, dim) -> (batch, num_tokens, dim); the mask is not needed."""
-        return self.mlp(x.transpose(1, 2)).transpose(1, 2)
 
 
 class ScaledLayerNorm(nn.LayerNorm):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from acn_scale.config import MixerConfig
 from acn_scale.models.classifier import Classifier
-from acn_scale.models.layers import EPS, MLP, PatchEmbed, TokenMixing, Wrapper, build_trunk, initialize
+from acn_scale.models.layers import EPS, MLP, OverTokens, PatchEmbed, Wrapper, build_trunk, initialize
 
 
 class MixerHead(nn.Module):
@@ -40,7 +40,7 @@ class Mixer(Classifier):
         )
 
         def ops() -> list[nn.Module]:
-            return [TokenMixing(self.embed.num_tokens, cfg.token_dim), MLP(cfg.dim, cfg.channel_dim)]
+            return [MLP(self.embed.num_tokens, cfg.token_dim, linear=OverTokens), MLP(cfg.dim, cfg.channel_dim)]
 
         self.trunk = build_trunk(cfg, ops, wrap=partial(Wrapper, dim=cfg.dim) if cfg.wrapper else None)
         self.head = MixerHead(cfg)
