@@ -58,10 +58,8 @@ def _overflow(optimizer: Any) -> torch.Tensor:
 
 
 def _norm(optimizer: Any, gradients: list[torch.Tensor], params: object) -> torch.Tensor:
-    """DeepSpeedZeroOptimizer.get_grad_norm_direct: () over all ranks, -1 where it is not finite. What pads the gradients
-    is 0.
-    """
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+    """DeepSpeedZeroOptimizer.get_grad_norm_direct: () over all ranks, -1 where it is not finite."""
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # what pads the gradients is 0
     total = torch.stack(norms).double().square().sum().float()
     torch.distributed.all_reduce(total, group=optimizer.dp_process_group)
     return total.sqrt().nan_to_num(nan=-1.0, posinf=-1.0)
