@@ -10,7 +10,7 @@ PACKAGE = ROOT / "acn_scale"
 # A module may import from rows above its own, and from its own row within one package.
 ROWS = [
     {"errors"},
-    {"durations", "files", "stopping", "hardware", "zero", "tables"},
+    {"durations", "files", "stopping", "hardware", "zero", "tables", "foreach"},
     {"config"},
     {"cli", "distributed"},
     {"log", "progress", "runs", "models", "data", "optim", "guard", "profiling"},
@@ -22,7 +22,7 @@ ROWS = [
     {"finetune", "sparsity"},
     {"studies"},
 ]
-ONLY_IN = {"deepspeed": {"engine", "ema"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
+ONLY_IN = {"deepspeed": {"engine", "ema", "foreach"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 
 
 LATER = {"deepspeed", "matplotlib", "timm", "datasets", "sklearn", "transformers", "accelerate"}

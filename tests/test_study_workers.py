@@ -75,8 +75,12 @@ def test_a_signal_stops_a_study(
     """What is under way comes to its end, and nothing else is begun."""
     here = setting(tmp_path, 0, 1, 2)
     monkeypatch.setattr(workers, "_train", run)
-    with pytest.raises(RunFailed, match=r"^twins: stopped, as a signal asked for; the same command goes on$"):
-        reproduce("twins", study(), here, workers=1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(RunFailed, match=r"^twins: stopped, as a signal asked for; the same command goes on$"):
+            reproduce("twins", study(), here, workers=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [path.name for path in here.folder.glob("*/*")] == ["seed=0"]
 
 

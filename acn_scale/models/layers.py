@@ -80,7 +80,7 @@ class OverTokens(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, in_features, dim) -> (batch, out_features, dim)."""
-        return torch.baddbmm(self.bias[:, None], self.weight.expand(len(x), -1, -1), x)
+        return torch.baddbmm(self.bias[:, None], self.weight.expand(x.shape[0], -1, -1), x)
 
 
 class MLP(nn.Module):
