@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -75,6 +76,18 @@ def test_truncate_equals_readouts(build: Any) -> None:
     for depth in (3, 2, 1, 0):
         model.trunk.truncate(depth)
         assert torch.equal(model(**batch)["logits"], readouts[depth])
+
+
+@every_model
+def test_sums_of_lower_depths_are_not_kept(build: Any) -> None:
+    """Not beyond the next one, also where gradients are wanted."""
+    model, sums = build(depth=6), []
+    for join in model.trunk.joins:
+        join.register_forward_hook(lambda *given: sums.append(weakref.ref(given[-1][1])))
+    alive = []
+    model.trunk.blocks[-1].register_forward_hook(lambda *_: alive.extend(each() is not None for each in sums))
+    model(**batch_for(model))
+    assert len(sums) == 6 and alive == [False] * 4 + [True]
 
 
 @every_network

@@ -79,7 +79,9 @@ class Trunk(nn.Module):
 
     def forward(self, x: Tensor | State, mask: Tensor | None = None) -> Tensor | State:
         """x: (batch, tokens, dim) -> (batch, tokens, dim); within another trunk, its state -> its state."""
-        *_, state = self.states(x if self.is_inner else self.pattern.start(x), mask)
+        first = x if self.is_inner else self.pattern.start(x)
+        for each in self.states(first, mask):
+            state = each  # none of those before it, a running sum each, is kept
         return state if self.is_inner else self.pattern.readout(state)
 
     def readouts(
