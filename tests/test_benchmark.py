@@ -88,6 +88,9 @@ def test_the_peer_is_the_network_that_we_start_from(cfg: Any, to: str, tmp_path:
         gradients = ours.embed.token.weight.grad, theirs.bert.embeddings.word_embeddings.weight.grad
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     assert gradients[0].abs().max() > 1e-3
+    work.compile_blocks(theirs)
+    compiled = [module for module in theirs.modules() if module._compiled_call_impl is not None]
+    assert len(compiled) == cfg.depth and len({type(module) for module in compiled}) == 1
 
 
 def test_both_fine_tune_on_the_same_sentences(tmp_path: Path) -> None:
