@@ -19,6 +19,7 @@ from acn_scale.curriculum import loss_weights
 from acn_scale.depth import batch_of
 from acn_scale.engine import BUCKET
 from acn_scale.models import build_model
+from acn_scale.models.layers import Attention
 from acn_scale.optim import freeze
 
 LIVE = 1_000_000_000  # elements of whole weights that ZeRO-3 holds at once, at most
@@ -133,6 +134,9 @@ def _alive(
         finally:
             torch.set_default_dtype(before)
         network.loss_weights = heads
+        for module in network.modules():
+            if isinstance(module, Attention):
+                module.dropout.p = 0.0  # a GPU's kernel keeps no mask of it; a CPU's own way keeps all weights
         if frozen:
             freeze(network)
         batch = batch_of(model, samples, mask_ratio)
