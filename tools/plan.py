@@ -19,7 +19,7 @@ def main() -> None:
     add("--nodes", type=positive, default=1, help="machines (default: 1)")
     add("--gpus-per-node", type=positive, default=8, help="GPUs of each (default: 8)")
     add("--gpu", choices=DEVICES, default="h100-80gb", help="(default: h100-80gb)")
-    add("--mfu", type=share, default=0.4, help="share of the peak rate that the model reaches (default: 0.4)")
+    add("--mfu", type=share, default=0.3, help="share of the peak rate to reach (default: 0.3; docs/speed.md)")
     add("--link", type=positive_number, default=25.0, metavar="GB/S", help="what each GPU sends in a second, in 1e9 "
         "bytes (default: 25)")  # fmt: skip
     add("--price", type=positive_number, default=0.0, help="of an hour of one GPU: adds the cost")
