@@ -1,8 +1,8 @@
 # Two commands for a fresh machine: make quickstart, make test.
 PYTHON ?= python3
 BIN := .venv/bin
-# One process on each of two cores, with one thread each; one process where there is one core.
-RANKS := $(shell [ "$$(nproc)" -ge 2 ] && echo 2 || echo 1)
+# A process on each of two GPUs, or where there is none on each of two cores, with one thread each; one where there is one.
+RANKS := $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU); [ $$n -gt 0 ] || n=$$(nproc); [ $$n -ge 2 ] && echo 2 || echo 1)
 PRETRAIN := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_gpus $(RANKS) acn_scale/pretrain.py
 SEED ?= 0
 SUFFIX := $(if $(filter 0,$(SEED)),,_seed$(SEED))

@@ -29,6 +29,8 @@ def process_group() -> Iterator[torch.device]:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, also in the convolution of the patches
+        torch.backends.cudnn.deterministic = True  # or a resumed run is not the unbroken one to the last digit
     store, rank, world_size = next(dist.rendezvous("env://", timeout=MEETING))
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)

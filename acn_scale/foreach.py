@@ -30,13 +30,13 @@ def _step(optimizer: Any) -> bool:
     weights = [weight for group in optimizer.fp16_groups for weight in group]
     gradients = [torch.empty_like(weight) for weight in masters]
     torch._foreach_copy_(gradients, [torch.zeros_like(w) if w.grad is None else w.grad for w in weights])
-    norm = torch.nn.utils.get_total_norm(gradients).item()  # of gradients times the loss scale
+    norm = _squares(gradients).sqrt().item()  # of gradients times the loss scale
     optimizer.overflow = not norm < torch.inf
     if optimizer.overflow:
         return optimizer._skip_invalid_grad_norm()
     optimizer._global_grad_norm = norm
-    optimizer._update_scale(False)
     scale = optimizer.unscale_and_clip_grads(norm, apply_scale=False)
+    optimizer._update_scale(False)  # DeepSpeed has it before, and then divides by a scale that has just grown
     if scale != 1:
         torch._foreach_mul_(gradients, 1 / scale)
     for master, gradient in zip(masters, gradients, strict=True):
@@ -59,7 +59,12 @@ def _overflow(optimizer: Any) -> torch.Tensor:
 
 def _norm(optimizer: Any, gradients: list[torch.Tensor], params: object) -> torch.Tensor:
     """DeepSpeedZeroOptimizer.get_grad_norm_direct: () over all ranks, -1 where it is not finite."""
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # what pads the gradients is 0
-    total = torch.stack(norms).double().square().sum().float()
+    total = _squares(gradients).float()  # what pads the gradients is 0
     torch.distributed.all_reduce(total, group=optimizer.dp_process_group)
     return total.sqrt().nan_to_num(nan=-1.0, posinf=-1.0)
+
+
+def _squares(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """() the sum of all squares. In fp32 a CPU sums the many of one weight in few parts, a GPU in many."""
+    wide = torch.float64 if gradients[0].device.type == "cpu" else torch.float32
+    return torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)).double().square().sum()

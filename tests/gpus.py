@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -13,7 +14,8 @@ if NAME not in os.environ:
     there = ",".join(map(str, range(torch.cuda.device_count())))
     os.environ[NAME] = there and os.environ.get("CUDA_VISIBLE_DEVICES", there)
 FOUND = os.environ[NAME]
-if multiprocessing.parent_process() is None:  # a process of those below keeps what it was given
+SEEN = "GPUS_ARE_SEEN"  # in the processes below
+if SEEN not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 _context = multiprocessing.get_context("spawn")
 Pipe = _context.Pipe
@@ -21,10 +23,8 @@ Pipe = _context.Pipe
 
 def process(target: Callable[..., None], *args: Any) -> BaseProcess:
     """It runs already, and sees the GPUs. A fork of the server would not: it has DeepSpeed for CPUs."""
-    given = {"CUDA_VISIBLE_DEVICES": FOUND, "DS_ACCELERATOR": "cuda"}
-    hidden = {name: os.environ.get(name, "") for name in given}
-    os.environ |= given
-    started = _context.Process(target=target, args=args)
-    started.start()
-    os.environ |= hidden
+    given = {"CUDA_VISIBLE_DEVICES": FOUND, "DS_ACCELERATOR": "cuda", SEEN: "1"}
+    with patch.dict(os.environ, given):
+        started = _context.Process(target=target, args=args)
+        started.start()
     return started

@@ -171,7 +171,7 @@ def test_refused_exports(exported: Callable[..., Path], tmp_path: Path) -> None:
     values = json.loads((folder / "config.json").read_text())
     for change, words in (({"model": values["model"] | {"depth": 4}}, "lacks trunk.blocks.3"),
                           ({"model": values["model"] | {"dim": 8}}, "has (16,), and (8,) in a model of this config"),
-                          ({"version": 2}, "version = 2: must be 1"), ({"extra": 1}, "extra: ")):  # fmt: skip
+                          ({"version": 1}, "version = 1: must be 2"), ({"extra": 1}, "extra: ")):  # fmt: skip
         (folder / "config.json").write_text(json.dumps(values | change))
         assert words in complaint(folder, out)
 

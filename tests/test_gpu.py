@@ -10,6 +10,7 @@ import pytest
 import torch
 from networks import bert, mixer, vit
 from ranks import Ranks
+from test_engine import weights_after
 from test_glue import encoder, files, fine_tune, fine_tuning, shards  # noqa: F401 fixtures
 from test_models import batch_for
 from test_pretrain import measured, named, run, run_until
@@ -17,7 +18,7 @@ from test_pretrain import measured, named, run, run_until
 from acn_scale.config import Config, ModelConfig
 from acn_scale.distributed import local_device
 from acn_scale.models import build_model
-from acn_scale.runs import health_folder, read_metrics, run_folder
+from acn_scale.runs import read_metrics, run_folder
 
 pytestmark = pytest.mark.skipif(not gpus.FOUND, reason="no GPU")
 NETWORKS = [build(connectivity=connectivity) for build in (vit, mixer, bert) for connectivity in ("acn", "residual")]
@@ -26,12 +27,16 @@ NETWORKS = [build(connectivity=connectivity) for build in (vit, mixer, bert) for
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[Ranks]:
     ranks = Ranks(1, gpus)
+    assert ranks(local_device) == [torch.device("cuda", 0)]
     yield ranks
     ranks.close()
 
 
-def losses(cfg: Config) -> list[float]:
-    return [line["train/loss"] for line in measured(cfg) if "train/lr" in line]
+def losses(cfg: Config) -> list[float | None]:
+    """None of steps that fp16's loss scale dropped."""
+    found = [line.get("train/loss") for line in measured(cfg) if "train/lr" in line]
+    assert any(found)
+    return found
 
 
 def relative_errors(model: ModelConfig, precision: str, compiled: bool) -> dict[str, float]:
@@ -96,7 +101,7 @@ def test_another_stage(gpu: Ranks, vit: Callable[..., Config], first: int, secon
     gpu(run, whole)
     gpu(run_until, named(whole, "broken"), 13)
     gpu(run, vit(run={"name": "broken"}, train=train | {"zero_stage": second}))
-    assert losses(named(whole, "broken")) == pytest.approx(losses(whole), abs=1e-5 if precision == "fp32" else 0.02)
+    assert losses(named(whole, "broken")) == pytest.approx(losses(whole), abs=1e-4 if precision == "fp32" else 0.02)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -118,9 +123,9 @@ def test_a_cut_while_training_equals_a_start_from_it(gpu: Ranks, vit: Callable[.
 @pytest.mark.parametrize(
     ("train", "model"),
     [
-        ({"compile": True}, {}),
+        pytest.param({"compile": True}, {}, marks=pytest.mark.slow),
         ({}, {"recompute": True}),
-        ({"compile": True}, {"recompute": True}),
+        pytest.param({"compile": True}, {"recompute": True}, marks=pytest.mark.slow),
         ({"zero_stage": 2, "offload": "optimizer"}, {}),
         ({"zero_stage": 3, "offload": "parameters"}, {}),
         ({"zero_stage": 3}, {"recompute": True}),
@@ -146,14 +151,8 @@ def test_sentences(gpu: Ranks, encoder: Path, shards: Path, tmp_path: Path, task
     assert len(list((run_folder(cfg) / "eval").iterdir())) >= 2
 
 
-def test_a_bad_step_is_dropped(gpu: Ranks, vit: Callable[..., Config]) -> None:
-    """A learning rate that no network stands."""
-    for stage in (0, 1):
-        cfg = vit(
-            run={"name": f"stage_{stage}"},
-            optim={"lr": 1e30, "warmup": "0step"},
-            train={"zero_stage": stage, "precision": "bf16"},
-            health={"max_bad_steps": 100, "max_skipped_steps": 100},
-        )
-        gpu(run, cfg)
-        assert (health_folder(run_folder(cfg)) / "bad_steps.jsonl").exists()
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_an_update_at_once_is_deepspeed_s(gpu: Ranks, vit: Callable[..., Config], stage: int) -> None:
+    """Also that it is dropped for a NaN."""
+    cfg = vit(train={"zero_stage": stage, "precision": "bf16", "clip_norm": 0.1})
+    torch.testing.assert_close(gpu(weights_after, cfg, False), gpu(weights_after, cfg, True), rtol=1e-4, atol=1e-5)

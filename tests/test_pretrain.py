@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import gpus
 import pytest
 from killable import Start, said, trained
 from made import image_folder, numbered_images, png
@@ -324,6 +325,7 @@ def test_a_second_start_leaves_a_running_one_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [["deepspeed", "--num_gpus", "2"], ["torchrun", "--nproc-per-node", "2"]])
+@pytest.mark.skipif(bool(gpus.FOUND), reason="DeepSpeed's launcher shows its processes the GPUs that are hidden here")
 def test_launchers(tmp_path: Path, digits: Path, launcher: list[str]) -> None:
     """The same file under deepspeed and torchrun; a user's mistake gives one line and leaves nothing behind."""
     binary = Path(sys.executable).with_name(launcher[0])

@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def checkpoint_rows(text: Path | None, rounds: int, scale: work.Scale) -> list[R
         folder = Path(name)
         shards = text or work.pydoc_shards(folder / "text", scale.bert.max_tokens)
         peer = work.write_peer("hf", scale.bert, folder / "peer", shards)
-        cfg = work.config(scale.bert, shards, folder, scale, batch=BATCH)
+        cfg = work.config(scale.bert, shards, folder, replace(scale, compile=False), batch=BATCH)
         sides = {"ours": (our_stall, cfg), "theirs": (trainer_stall, cfg, peer, folder / "trainer")}
         work_of = f"training waits for a checkpoint of {describe(scale.bert)}"
         stall = seconds_beside(work_of, "Transformers Trainer", sides, rounds)

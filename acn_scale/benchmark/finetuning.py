@@ -3,6 +3,7 @@
 import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from acn_scale.benchmark import work
@@ -35,7 +36,8 @@ def finetuning(text: Path | None, glue: Path | None, rounds: int, scale: work.Sc
             write_split(folder / split, rows, {"task": TASK, "split": split, "classes": TASKS[TASK].labels})
         peer = work.write_peer("hf", scale.encoder, folder / "peer", shards)
         steps = len(rows) // BATCH + 1  # the first one is not timed
-        cfg = work.config(scale.encoder, folder, folder, scale, batch=BATCH, steps=steps, tokenizer=str(peer))
+        here = replace(scale, compile=False)  # batches are of many lengths
+        cfg = work.config(scale.encoder, folder, folder, here, batch=BATCH, steps=steps, tokenizer=str(peer))
         sides = {"ours": (our_loop, cfg), "theirs": (trainer_loop, cfg, peer, folder / "trainer")}
         work_of = (
             f"fine-tuning on {'SST-2' if glue else 'sentences'}, an epoch of {len(rows):,}, {describe(scale.encoder)}"

@@ -9,7 +9,7 @@ import torch
 
 from acn_scale.benchmark.rows import Row
 from acn_scale.benchmark.sides import need
-from acn_scale.benchmark.work import scale
+from acn_scale.benchmark.work import Scale, scale
 from acn_scale.distributed import local_device
 from acn_scale.errors import UserError
 from acn_scale.runs import read_config
@@ -32,7 +32,7 @@ class Inputs:
     glue: Path | None  # official TSV files
     runs: tuple[Path, Path]  # of an ACN and its twin
     mosaicml: Path | None  # a Python that has mosaicml-streaming, which takes older packages than ours
-    compile: bool  # the blocks of both sides (model, loop)
+    compile: bool  # the blocks of both sides, where a step's shapes are always the same (model, loop)
 
 
 def measure(groups: Sequence[str], inputs: Inputs, rounds: int, threads: int | None) -> Iterator[list[Row]]:
@@ -67,7 +67,10 @@ def _check_mosaicml(python: Path) -> None:
 
 def _rows(group: str, inputs: Inputs, rounds: int) -> list[Row]:
     """Imports what the group needs, and no more."""
-    here = scale(local_device(), compiled=inputs.compile)
+
+    def here() -> Scale:
+        return scale(local_device(), compiled=inputs.compile)
+
     match group:
         case "data":
             from acn_scale.benchmark.data import data_rows
@@ -83,14 +86,14 @@ def _rows(group: str, inputs: Inputs, rounds: int) -> list[Row]:
         case "model":
             from acn_scale.benchmark.model import model_rows
 
-            return model_rows(inputs.text, rounds, here)
+            return model_rows(inputs.text, rounds, here())
         case "loop":
             from acn_scale.benchmark.finetuning import finetuning
             from acn_scale.benchmark.loop import loop_rows
 
-            return [*loop_rows(inputs.text, rounds, here), finetuning(inputs.text, inputs.glue, rounds, here)]
+            return [*loop_rows(inputs.text, rounds, here()), finetuning(inputs.text, inputs.glue, rounds, here())]
         case "checkpoint":
             from acn_scale.benchmark.checkpoint import checkpoint_rows
 
-            return checkpoint_rows(inputs.text, rounds, here)
+            return checkpoint_rows(inputs.text, rounds, here())
     raise AssertionError(group)

@@ -133,20 +133,20 @@ def bare_loop(cfg: Config) -> Iterator[Measure]:
         torch.manual_seed(cfg.run.seed)
         model = build_model(cfg.model).to(device)
         optimizer = build_optimizer(model, cfg.optim)
-        stream = build_stream(cfg, device=device)
-        horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
         laps = work.Laps(cfg)
-        for step in range(horizon.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cfg.optim, horizon, step)
-            loss = model(**{name: values.to(device) for name, values in next(stream).items()})["loss"]
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            if step % 10 == 9:
-                loss.item()
-            laps.end_step()
+        with contextlib.closing(build_stream(cfg, device=device)) as stream:
+            horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
+            for step in range(horizon.steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(cfg.optim, horizon, step)
+                loss = model(**{name: values.to(device) for name, values in next(stream).items()})["loss"]
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                if step % 10 == 9:
+                    loss.item()
+                laps.end_step()
         return laps.seconds()
 
     yield measure

@@ -17,7 +17,7 @@ from acn_scale.runs import read_json, write_json
 from acn_scale.zero import Pieces
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
-FORMAT = {"format": "acn_scale", "version": 1}
+FORMAT = {"format": "acn_scale", "version": 2}
 
 
 def write_export(net: Network, folder: Path, dtype: Literal["fp32", "bf16", "fp16"]) -> None:
