@@ -1,6 +1,7 @@
 """DeepSpeed at every ZeRO stage does what plain PyTorch does, on two real ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -174,14 +175,47 @@ def test_skipped_updates_show(two_ranks: Callable, vit: Callable[..., Config], s
     assert two_ranks(skipped_run, cfg) == [(True, False, True)] * 2
 
 
-def fp16_norms(cfg: Config) -> tuple[float, float]:
-    """The gradient norm of the first update in fp16, where the loss is scaled, and in fp32, of the same batch."""
+@contextmanager
+def fp16_on_a_cpu() -> Iterator[None]:
+    """PyTorch can, however slowly."""
     from deepspeed.accelerator import get_accelerator
 
-    batch = next(build_stream(cfg, distributed.rank(), distributed.world_size()))
     known = type(get_accelerator()).is_fp16_supported
-    type(get_accelerator()).is_fp16_supported = lambda self: True  # PyTorch can, however slowly
+    type(get_accelerator()).is_fp16_supported = lambda self: True
     try:
+        yield
+    finally:
+        type(get_accelerator()).is_fp16_supported = known
+
+
+def norms_while_the_scale_grows(cfg: Config) -> list[float]:
+    """Of the gradients that the optimizer gets in steps on one batch, of which none moves a weight."""
+    batch = next(build_stream(cfg))
+    with fp16_on_a_cpu():
+        torch.manual_seed(0)
+        optimizer = (engine := build_engine(build_model(cfg.model), cfg, distributed.local_device(), 1)).optimizer
+        optimizer.loss_scale_config.cur_scale, optimizer.loss_scale_config.scale_window = 256.0, 1
+        norms, step = [], optimizer.optimizer.step
+        masters = [weight for group in optimizer.fp32_groups for weight in group]
+        optimizer.optimizer.step = lambda: (
+            norms.append(torch.nn.utils.get_total_norm([weight.grad for weight in masters]).item()),
+            step(),
+        )
+        for _ in range(4):
+            assert train_step(engine, iter([batch]), 0.0).applied
+        assert optimizer.loss_scale > 256
+    return norms
+
+
+def test_a_growing_loss_scale_changes_no_gradient(one_rank: Callable, vit: Callable[..., Config]) -> None:
+    (norms,) = one_rank(norms_while_the_scale_grows, vit(train={"precision": "fp16", "clip_norm": 0.0}))
+    assert norms[0] > 0.1 and norms == pytest.approx([norms[0]] * 4, rel=0.01)
+
+
+def fp16_norms(cfg: Config) -> tuple[float, float]:
+    """The gradient norm of the first update in fp16, where the loss is scaled, and in fp32, of the same batch."""
+    batch = next(build_stream(cfg, distributed.rank(), distributed.world_size()))
+    with fp16_on_a_cpu():
         norms = []
         for precision in ("fp16", "fp32"):
             torch.manual_seed(0)
@@ -192,8 +226,6 @@ def fp16_norms(cfg: Config) -> tuple[float, float]:
                 step = train_step(engine, iter([batch]), 1e-3, measure_gradients=True)
             norms.append(step.gradient_norms["all"])
         return tuple(norms)
-    finally:
-        type(get_accelerator()).is_fp16_supported = known
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
