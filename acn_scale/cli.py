@@ -25,11 +25,13 @@ USAGE = "usage: {program} --config FILE.toml [key.sub=value ...]"
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run `main`; a UserError becomes one line on standard error and exit code 2.
+    """Run `main`; a UserError becomes one line on standard error and exit code 2, Ctrl-C one line.
 
     Until the run's log is open all ranks make the same checks, and rank 0 speaks for all.
     """
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    if not first:
+        logging.lastResort = logging.NullHandler()  # which warnings go to while there is no log
     try:
         main()
     except UserError as error:
@@ -41,6 +43,9 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         if first:
             print(f"error: {error}", file=sys.stderr)
         _exit(1)
+    except KeyboardInterrupt:  # the process still ends by the signal: a shell's loop would go on with the next one
+        sys.excepthook = lambda *_: print("\ninterrupted", file=sys.stderr) if first else None
+        raise
 
 
 def _exit(code: int) -> NoReturn:

@@ -85,7 +85,7 @@ def cutoff(accuracy: list[float], tolerance: float) -> int:
 @dataclass(frozen=True)
 class Cost:
     parameters: int
-    flops: int  # of the forward pass of one sample, a multiply-add counted as two
+    flops: int  # of the forward pass of one sample, a multiply-add counted as two, for the tokens that the head takes
 
 
 def cost(cfg: ModelConfig, depth: int) -> Cost:
@@ -105,6 +105,7 @@ def exit_flops(cfg: ModelConfig) -> list[int]:
     """Operations on one sample that leaves at depth 0, 1, ..., counted as in Cost.
 
     The head is evaluated at each depth on the way, to know whether to leave: that is k heads more than cost(cfg, k).
+    And all blocks are computed for all tokens; a cut network's last one is for those alone that its head takes.
     """
     with torch.device("meta"):
         model = build_model(cfg).eval()

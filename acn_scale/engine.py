@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,6 @@ from acn_scale.config import Config, OptimConfig
 from acn_scale.errors import UserError
 from acn_scale.optim import build_optimizer, parameter_groups, part_of
 
-BUCKET = 500_000_000  # elements of gradients that are summed over the ranks at once, at most
-
 
 def deepspeed_config(cfg: Config, world_size: int, parameters: int) -> dict[str, Any]:
     """Everything DeepSpeed is told. What it would otherwise choose by itself (clipping at 1.0) is written out.
@@ -27,7 +26,8 @@ def deepspeed_config(cfg: Config, world_size: int, parameters: int) -> dict[str,
     `parameters`: how many numbers are trained; it takes the whole of a bucket's memory, however few they are.
     """
     micro_batch_size = cfg.micro_batch_size(world_size)
-    zero: dict[str, Any] = {"stage": cfg.train.zero_stage, "reduce_bucket_size": min(BUCKET, parameters)}
+    bucket = min(cfg.train.bucket_size, parameters)
+    zero: dict[str, Any] = {"stage": cfg.train.zero_stage, "reduce_bucket_size": bucket}
     # overlap_comm stays off below ZeRO-3, as is DeepSpeed's default: it has spoilt gradients without a word, by races
     # between CUDA streams (DeepSpeed issues 5545 and 8061).
     if cfg.train.offload != "none":
@@ -77,6 +77,8 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
     config = deepspeed_config(cfg, world_size, trained)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     foreach.speed_up(engine.optimizer)
+    if cfg.train.zero_stage == 0:  # at which DeepSpeed does not look at what it was told of buckets
+        engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=cfg.train.bucket_size)
     if world_size == 1 and cfg.train.zero_stage == 0:
         engine.enable_backward_allreduce = False  # it copies all gradients, to sum them with nobody's
     return engine
@@ -94,7 +96,9 @@ def keep_freed_memory() -> None:
 
 
 def _muon(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
-    """Muon (Jordan et al. 2024) from DeepSpeed, which knows how to do it under ZeRO; AdamW for what is no matrix."""
+    """Muon (Jordan et al. 2024) from DeepSpeed, which knows how to do it under ZeRO, with updates as large as AdamW's;
+    AdamW for what is no matrix.
+    """
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     groups = parameter_groups(model, cfg)
@@ -203,7 +207,8 @@ def gradient_norms(engine: Any) -> dict[str, float]:
     """L2 norm of the whole gradient before clipping, "all", and of its parts: "embed", "block_01", ..., "head".
 
     A join counts to the block below it, and what is frozen has none. Call it on every rank, after the last backward
-    pass of a step and before the update: full gradients are put together from all ranks.
+    pass of a step and before the update: full gradients are put together from all ranks. With Muon at ZeRO 1 and 2 a
+    block's matrices count with their update, which DeepSpeed has then put in the gradient's place.
     """
     from deepspeed.utils import safe_get_full_grad
 

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from acn_scale.config import Config, ModelConfig
 from acn_scale.curriculum import loss_weights
 from acn_scale.depth import batch_of
-from acn_scale.engine import BUCKET
 from acn_scale.models import build_model
 from acn_scale.models.layers import Attention
 from acn_scale.optim import freeze
@@ -58,7 +57,8 @@ def memory(cfg: Config, *, stage: int, gpus: int, micro_batch_size: int, recompu
     optimizer = (master + 8 * trained) * (share if stage else 1) + (4 * trained * share if cfg.train.ema_decay else 0)
     # The passes, to which ZeRO-3 brings whole weights. Whole gradients wait to be summed: all of them up to ZeRO-1.
     heads = loss_weights(cfg.early_exit, model.depth, step=1, steps=2)  # as many as in any step
-    passes, bucket = trace(model, width, cfg.data.mask_ratio, heads, frozen), min(trained, BUCKET) * width
+    passes = trace(model, width, cfg.data.mask_ratio, heads, frozen)
+    bucket = min(trained, cfg.train.bucket_size) * width
     waiting = bucket if stage >= 2 else trained * width
     if stage < 2 and accumulates:
         fullest = passes.peak(micro_batch_size) + waiting

@@ -9,6 +9,8 @@ from torch import nn
 from acn_scale.config import OptimConfig
 from acn_scale.durations import Horizon
 
+RMS = 0.2  # of AdamW's updates, over the learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2)
+
 
 def part_of(name: str) -> str:
     """trunk.blocks.0.norm.weight -> block_01; head.linear.bias -> head. A join counts to the block below it."""
@@ -27,7 +29,8 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
     What is frozen is in no group.
 
     With cfg.layer_decay = d, a block's rate is d times that of the block above it, and so on from the head down to the
-    embedding (Clark et al. 2020, app. A; Bao et al. 2022). With Muon, the blocks' matrices are groups of their own.
+    embedding (Clark et al. 2020, app. A; Bao et al. 2022). With Muon, the blocks' matrices are groups of their own, of
+    as many columns each: see muon_scale.
     """
     depth = len(model.trunk.blocks)
     groups: dict[tuple, dict] = {}
@@ -39,10 +42,20 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
         muon = cfg.name == "muon" and matrix and part.startswith("block_")
         decay = cfg.weight_decay if matrix else 0.0
         scale = cfg.layer_decay ** (depth + 1 - level)
-        group = groups.setdefault((not muon, not matrix, scale), {"params": [], "weight_decay": decay})
+        size = muon_scale(parameter) if muon else 1.0
+        group = groups.setdefault((not muon, not matrix, scale, size), {"params": [], "weight_decay": decay / size})
         group["params"].append(parameter)
-        group |= {"lr_scale": scale} | ({"use_muon": muon} if cfg.name == "muon" else {})
+        group |= {"lr_scale": scale * size} | ({"use_muon": muon} if cfg.name == "muon" else {})
     return [groups[key] for key in sorted(groups)]
+
+
+def muon_scale(matrix: nn.Parameter) -> float:
+    """What makes DeepSpeed's update with Muon as large as AdamW's, so that both take the same learning rate.
+
+    An orthogonal (rows, columns) has an RMS of max(rows, columns)^-0.5, and DeepSpeed multiplies it by
+    max(1, rows / columns)^0.5: columns^-0.5 is left.
+    """
+    return RMS * matrix.shape[-1] ** 0.5
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:

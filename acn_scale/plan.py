@@ -15,6 +15,7 @@ from acn_scale.tables import aligned
 
 STAGES = (0, 1, 2, 3)
 RESERVE = 0.1  # share of a GPU's memory for its context, NCCL's buffers and what the allocator cannot use
+LATENCY = 0.05  # share of the time to sum a bucket of gradients over the ranks that may go by before bytes arrive
 
 
 def traffic(cfg: Config, *, stage: int, gpus: int, micro_steps: int) -> float:
@@ -22,11 +23,15 @@ def traffic(cfg: Config, *, stage: int, gpus: int, micro_steps: int) -> float:
     summed or as weights, to be shared out. From ZeRO-2 on they are summed in each of the `micro_steps`, and with ZeRO-3
     the weights are shared out in each of its two passes.
     """
-    width = 4 if cfg.train.precision == "fp32" else 2
     trained = parameters(cfg.model, cfg.train.freeze)
     sent = {0: 2 * trained, 1: 2 * trained, 2: (micro_steps + 1) * trained}
     sent[3] = micro_steps * (trained + 2 * parameters(cfg.model))
-    return sent[stage] * width * (gpus - 1) / gpus
+    return sent[stage] * _width(cfg) * (gpus - 1) / gpus
+
+
+def _width(cfg: Config) -> int:
+    """Bytes of a gradient."""
+    return 4 if cfg.train.precision == "fp32" else 2
 
 
 def largest_micro_batch(cfg: Config, *, stage: int, gpus: int, recompute: bool, device: Device) -> int:
@@ -48,6 +53,7 @@ class Cluster:
     device: Device
     mfu: float  # share of the device's peak rate that the model reaches
     link: float  # bytes that each GPU sends in a second
+    latency: float  # seconds until the first of a message's bytes arrives
     price: float  # of an hour of one GPU; 0 leaves it out
 
     def __post_init__(self) -> None:
@@ -86,6 +92,16 @@ def pace(cfg: Config, cluster: Cluster, gpus: int) -> Pace:
     return Pace(gpus, sent, compute + max(0.0, sent / cluster.link - hidden))
 
 
+def bucket_size(cfg: Config, cluster: Cluster) -> int:
+    """Gradients of a bucket that takes the GPUs no more than `LATENCY` of waiting to sum; all of them where they are
+    fewer. A larger one takes more memory and is hardly faster.
+
+    In a ring of n GPUs each sends an n-th of the bucket 2 (n - 1) times, and waits for each.
+    """
+    size = cluster.gpus * cluster.latency * cluster.link * (1 / LATENCY - 1)
+    return min(parameters(cfg.model, cfg.train.freeze), math.ceil(size / _width(cfg)))
+
+
 def shards_per_node(cfg: Config, shards: int, cluster: Cluster) -> int:
     """Shards that a node reads in an epoch: its part where the ranks divide the streams, else all of them."""
     return math.ceil(shards / cluster.nodes) if cfg.data.streams % cluster.gpus == 0 else shards
@@ -102,6 +118,7 @@ def plan(cfg: Config, cluster: Cluster, samples: int | None = None) -> str:
     steps = Horizon.of(cfg.train.length, samples, cfg.train.global_batch_size).steps
     cfg = as_trained(cfg, index.info if index else {})
     parts = [_head(cfg, cluster, steps), _memory_table(cfg, cluster), _pace_table(cfg, cluster, steps)]
+    parts.append(_buckets(cfg, cluster))
     if index is not None:
         mine = shards_per_node(cfg, len(index.shards), cluster)
         parts.append(f"{mine:,} of {len(index.shards):,} shards are read by each node in an epoch")
@@ -155,3 +172,11 @@ def _pace_table(cfg: Config, cluster: Cluster, steps: int) -> str:
     speeds = f"{cluster.mfu:.0%} of the peak rate, {cluster.link / 1e9:g} GB/s for each GPU"
     last = f"\n{total:,} samples cannot be dealt to {rest} GPUs" if rest else ""
     return f"At {speeds}, ZeRO-{cfg.train.zero_stage}:\n{aligned(rows)}{last}"
+
+
+def _buckets(cfg: Config, cluster: Cluster) -> str:
+    size = bucket_size(cfg, cluster)
+    return (
+        f"train.bucket_size={size} (this config: {cfg.train.bucket_size}): {size * _width(cfg) / 2**30:.2f} GiB of "
+        f"gradients, at {1e6 * cluster.latency:g} us a message {LATENCY:.0%} of the time to sum them is waiting"
+    )

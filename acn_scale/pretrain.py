@@ -15,7 +15,7 @@ from acn_scale import checkpoint, curriculum, distributed, pruning
 from acn_scale.cli import config_from_args, exit_on_user_error
 from acn_scale.config import Config, SentenceDataConfig
 from acn_scale.continual import TaskSequence
-from acn_scale.convert.start import start_from
+from acn_scale.convert.start import check_start, start_from
 from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.stream import Evaluation, Stream
 from acn_scale.dead_blocks import DeadBlocks
@@ -53,6 +53,8 @@ def train(cfg: Config, device: torch.device) -> bool:
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     with distributed.together():
+        if rank == 0 and checkpoint.trained(cfg):
+            check_start(cfg)
         stream = build_stream(cfg, rank, world_size, distributed.union, device)
         evaluation = build_evaluation(cfg, rank, world_size, distributed.union)
         horizon = Horizon.of(cfg.train.length, stream.samples.num_samples, cfg.train.global_batch_size)
@@ -106,7 +108,8 @@ class Trainer:
         log.info("%s", describe(cfg, model, self.horizon, distributed.world_size()))
         if fresh and cfg.train.init_from:
             with distributed.together():
-                start_from(model, cfg.train.init_from)
+                classes = self.stream.samples.index.info.get("classes", [])
+                start_from(model, cfg.train.init_from, classes, self.folder if self.rank == 0 else None)
         self.release()
         self.engine = build_engine(model, cfg, self.device, distributed.world_size())
         self.average = WeightAverage(self.engine, cfg.train.ema_decay) if cfg.train.ema_decay else None

@@ -139,8 +139,7 @@ class Watchdog:
                 return self._fail(rank, f"{_whereabouts(beat)} does not answer any more")
         mine = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid()}
         where = _whereabouts(mine | {"step": self.step, "phase": self.phase})
-        reason = " ".join(str(error).split())[:300]
-        return self._fail(self.rank, f"{where}: {type(error).__name__}: {reason}")
+        return self._fail(self.rank, f"{where}: {_in_words(error)}")
 
     def _fail(self, rank: int, reason: str) -> None:
         """Write failure.json, which every rank looks for. The first one to write it is right."""
@@ -184,6 +183,24 @@ class Watchdog:
                 file.write(f"rank {self.rank}, step {self.step}, {self.phase}\n")
                 faulthandler.dump_traceback(file, all_threads=True)
             log.warning("SIGUSR1: the stack of rank %d is in %s", self.rank, path)
+
+
+@contextlib.contextmanager
+def failures_noted(folder: Path) -> Iterator[None]:
+    """What ends the work inside goes to failure.json of a run's folder: work that follows training, unwatched."""
+    try:
+        yield
+    except Exception as error:
+        rank = distributed.rank()
+        reason = f"rank {rank}, after training: {_in_words(error)}"
+        with contextlib.suppress(OSError), (health_folder(folder) / FAILURE).open("x") as file:
+            json.dump({"rank": rank, "reason": reason, "time": time.time()}, file)
+        raise
+
+
+def _in_words(error: Exception) -> str:
+    words = " ".join(str(error).split())[:300]
+    return words if isinstance(error, UserError | RunFailed) else f"{type(error).__name__}: {words}"
 
 
 def _whereabouts(beat: dict[str, Any]) -> str:

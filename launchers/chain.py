@@ -1,120 +1,38 @@
 """The whole way as one submission, each stage a job that waits for those before: python launchers/chain.py --config
 configs/chain/quickstart_bert.toml
 
-A stage is a tool, or a run in training. What is done is not done again: the same command goes on after a stage that
-failed. It is done anew where a stage that it waits for is another one now. The code and all TOML files that stages take
-are copied: what is edited later does not reach a queued job. --dry-run shows the stages and what is left; --cluster
-local runs them here, one after the other.
+A stage is a tool, or a run in training; tools that evaluate have a process a GPU too, on one machine. What is done is
+not done again: the same command goes on after a stage that failed. It is done anew where a stage that it waits for is
+another one now. The code and all TOML files that stages take are copied: what is edited later does not reach a queued
+job. --dry-run shows the stages, what is left and what each waits for; --cluster local runs them here, one after the
+other.
 """
 
 import argparse
 import hashlib
 import json
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
+import glue
 import job
+import local
 import submission
+from chain_file import Chain, Stage, program, read_chain
 from cluster_options import add_options, tasks_per_node
-from glue import RECIPE
-from pydantic import Field, ValidationError, model_validator
+from snapshots import snapshot_path, take_snapshot
 
 from acn_scale.checkpoint import trained
 from acn_scale.cli import exit_on_user_error, load_config, read_values
-from acn_scale.config import Config, Section
+from acn_scale.config import Config
 from acn_scale.errors import UserError
 from acn_scale.runs import check_run_folder, run_folder
 from acn_scale.stopping import EXIT_STOPPED
 
-ROOT = Path(__file__).parents[1]
 Where = Mapping[str, argparse.Namespace]  # the options of each stage
 SNAPSHOT = "{snapshot}"  # in a command, for the folder that is not known yet
-
-
-class Options(argparse.ArgumentParser):
-    """Where to run a stage. Raises ValueError for what is no option."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"options: {message}")
-
-
-OPTIONS = Options(add_help=False, allow_abbrev=False)
-add_options(OPTIONS)
-
-
-class Stage(Section):
-    """Either a tool with arguments, or a config with overrides. {NAME} in them is the folder of the run of a stage."""
-
-    name: str = Field(pattern=r"^\w+$")
-    tool: str | None = None  # a file in tools/ or launchers/, without .py
-    arguments: list[str] = Field([])
-    config: str | None = None
-    overrides: list[str] = Field([])
-    after: list[str] | None = None  # default: the stage before
-    options: list[str] = Field([])  # where to run it, in place of what the command line says
-    even_after_failure: bool = False  # a tool that begins once those before have ended, well or not
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> "Stage":
-        if (self.tool is None) == (self.config is None):
-            raise ValueError("must have either tool or config")
-        if self.tool and program(self.tool) is None:
-            raise ValueError(f"tool = {self.tool}: no such file in tools/ or launchers/")
-        if self.even_after_failure and self.config:
-            raise ValueError("even_after_failure = true: must be a stage with a tool")
-        self.over(argparse.Namespace())
-        for option in ("--cluster", "--dry-run"):
-            if any(each.partition("=")[0] == option for each in self.options):
-                raise ValueError(f"options: {option} is of the whole chain")
-        return self
-
-    def over(self, args: argparse.Namespace) -> argparse.Namespace:
-        """The options of the command line, with the stage's in their place."""
-        return OPTIONS.parse_args(self.options, argparse.Namespace(**vars(args)))
-
-
-class Chain(Section):
-    name: str = Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")
-    dir: str = "runs"
-    stage: list[Stage] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _in_order(self) -> "Chain":
-        names: list[str] = []
-        for stage in self.stage:
-            if unknown := [name for name in stage.after or [] if name not in names]:
-                raise ValueError(f"stage {stage.name}: after = {unknown[0]}: must be a stage above it")
-            if stage.name in names:
-                raise ValueError(f"stage {stage.name}: there are two of this name")
-            names.append(stage.name)
-        return self
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.dir) / self.name
-
-
-def program(tool: str) -> str | None:
-    """Where a tool lies in the repository; None where there is none."""
-    found = [f"{part}/{tool}.py" for part in ("tools", "launchers") if (ROOT / part / f"{tool}.py").is_file()]
-    return found[0] if found and "/" not in tool else None
-
-
-def read_chain(path: Path) -> Chain:
-    """Raises UserError for a file that is no chain."""
-    try:
-        return Chain.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {place}: {first['msg'].removeprefix('Value error, ')}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not TOML: {error}") from None
+OUTPUTS = ("out", "csv", "json", "export", "submission")  # options of tools, which name what they write
 
 
 class Step:
@@ -131,12 +49,23 @@ class Step:
         self.stage, self.cfg = stage, None
         self.command: list[str] = []
         self.files: dict[str, bytes] = {}  # TOML files of the command, by their names in the snapshot
+        self.outputs: list[Path] = []  # that the command names
+        self.on_ranks = False  # whether a launcher may start the tool as several processes
         if stage.config:
             self.cfg: Config | None = load_config(Path(stage.config), [filled(each) for each in stage.overrides])
         else:
             arguments = [filled(each) for each in stage.arguments]
             if stage.tool == "glue" and not any(each.startswith("--config") for each in arguments):
-                arguments += ["--config", str(RECIPE)]
+                arguments += ["--config", str(glue.RECIPE)]
+            parsed = stage.read(arguments)
+            if stage.tool == "glue":
+                try:
+                    glue.check_keys(parsed)
+                except UserError as error:
+                    raise UserError(f"stage {stage.name}: {error}") from None
+            options = vars(parsed)
+            self.on_ranks = "local_rank" in options
+            self.outputs = [options[name] for name in OUTPUTS if isinstance(options.get(name), Path)]
             self.command = [f"{SNAPSHOT}/{program(stage.tool)}", *map(self._copied, arguments)]
         self.waits_for = list(before)[-1:] if stage.after is None else stage.after
         self.before = [before[name] for name in self.waits_for]
@@ -151,7 +80,7 @@ class Step:
     def done(self) -> bool:
         if self.cfg is None:
             whole = not self.stage.even_after_failure or all(step.done() for step in self.before)
-            return whole and self.marker.exists()
+            return whole and self.marker.exists() and all(path.exists() for path in self.outputs)
         return trained(self.cfg)
 
     def _copied(self, argument: str) -> str:
@@ -190,6 +119,10 @@ class Step:
             path.unlink()
         self.marker.write_text(f"{run_folder(self.cfg).resolve()}\n")
 
+    def processes(self, args: argparse.Namespace) -> int:
+        """That a tool is started as."""
+        return tasks_per_node(args) if self.on_ranks else 1
+
     def run(self, snapshot: Path) -> list[str]:
         """The command of a tool, in the snapshot."""
         return [each.replace(SNAPSHOT, str(snapshot)) for each in self.command]
@@ -197,6 +130,11 @@ class Step:
     def describe(self) -> str:
         command = " ".join(self.command).replace(f"{SNAPSHOT}/", "")
         return command if self.cfg is None else f"{self.stage.config}: {run_folder(self.cfg)}"
+
+    def dependency(self) -> str:
+        """As Slurm calls it, with stages in the place of jobs; empty where it waits for none."""
+        kind = "afterany" if self.stage.even_after_failure else "afterok"
+        return f"{kind}:{':'.join(self.waits_for)}" if self.waits_for else ""
 
 
 def steps_of(chain: Chain) -> list[Step]:
@@ -211,12 +149,16 @@ def _digest(parts: Sequence[object]) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="TOML file of the chain, such as those in "
         "configs/chain")  # fmt: skip
     add_options(parser)
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
     if args.cluster == "debug":
         raise UserError("--cluster debug: is for one run; --cluster local runs a chain here")
     chain = read_chain(args.config)
@@ -228,7 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             step.check(own.nodes * tasks_per_node(own))
     if args.dry_run:
         for step in steps:
-            print(f"{step.stage.name:<12} {'done' if step.done() else 'to do':<6} {step.describe()}")
+            waits = f"  ({step.dependency()})" if step.waits_for else ""
+            print(f"{step.stage.name:<12} {'done' if step.done() else 'to do':<6} {step.describe()}{waits}")
         return
     left = [step for step in steps if not step.done()]
     if args.cluster == "slurm":
@@ -237,11 +180,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if step.cfg is None:
                 submission.check_tool(own, name, chain.folder)
             else:
-                path = submission.snapshot_path(run_folder(step.cfg), step.cfg)
+                path = snapshot_path(run_folder(step.cfg), step.cfg)
                 submission.check_with_slurm(submission.sbatch_file(own, name, [path]))
     (chain.folder / "done").mkdir(parents=True, exist_ok=True)
     files = {name: content for step in steps for name, content in step.files.items()}
-    snapshot = submission.prepare(chain.folder, chain, files)
+    snapshot = take_snapshot(chain.folder, chain, files)
     for step in steps:
         if step in left or step.cfg is not None:
             step.begin()
@@ -277,9 +220,9 @@ def run_here(where: Where, snapshot: Path, steps: Sequence[Step], left: Sequence
 def _run(args: argparse.Namespace, snapshot: Path, step: Step) -> int:
     """The stage's exit code."""
     if step.cfg is not None:
-        return submission.run_here(args, submission.prepare(run_folder(step.cfg), step.cfg))
+        return local.run_here(args, take_snapshot(run_folder(step.cfg), step.cfg))
     try:
-        job.run_tool(step.run(snapshot), str(step.marker), str(snapshot))
+        job.run_tool(step.run(snapshot), str(step.marker), str(snapshot), step.processes(args))
     except SystemExit as error:
         return error.code
     return 0
@@ -296,12 +239,12 @@ def submit(where: Where, chain: Chain, snapshot: Path, steps: Sequence[Step], le
         if step not in left:
             jobs[step.stage.name] = []
         elif step.cfg is None:
-            anyway = step.stage.even_after_failure
+            how = {"processes": step.processes(args), "anyway": step.stage.even_after_failure}
             jobs[step.stage.name] = [
-                submission.submit_tool(args, name, snapshot, step.run(snapshot), step.marker, after, anyway=anyway)
+                submission.submit_tool(args, name, snapshot, step.run(snapshot), step.marker, after, **how)
             ]
         else:
-            run = submission.prepare(run_folder(step.cfg), step.cfg)
+            run = take_snapshot(run_folder(step.cfg), step.cfg)
             jobs[step.stage.name] = submission.submit(args, name, [run], after=after)
         state = f"job {jobs[step.stage.name][0]}" if jobs[step.stage.name] else "done"
         print(f"{step.stage.name}: {state}{f', after {chr(44).join(after)}' if after else ''}")

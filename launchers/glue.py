@@ -7,25 +7,41 @@ for the GLUE server in submission/. tools/results.py makes the table of them.
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import submission
 import sweep
 from cluster_options import add_options
+from local import worst
+from snapshots import FINETUNE
 
+from acn_scale.checkpoint import trained
 from acn_scale.cli import exit_on_user_error, load_config, positive
 from acn_scale.config import Config
 from acn_scale.data.tasks import TASKS
 from acn_scale.downstream.source import completed
 from acn_scale.errors import UserError
 from acn_scale.runs import run_folder
+from acn_scale.stopping import EXIT_STOPPED
 
 TRAINED = [name for name, task in TASKS.items() if "train" in task.splits]
 RECIPE = Path(__file__).parents[1] / "configs/glue/paper.toml"
 SMALL = ("rte", "mrpc", "stsb")  # that gain from MNLI (Phang et al. 2018, arXiv 1811.01088)
+
+# Where keys are looked at before there is a network: deep enough for all that name a block.
+ANY_NETWORK = {
+    "name": "bert",
+    "connectivity": "acn",
+    "depth": 1000,
+    "dim": 64,
+    "num_heads": 1,
+    "vocab_size": 100,
+    "num_classes": 2,
+}
 
 
 def of_task(text: str) -> tuple[str, str]:
@@ -37,7 +53,12 @@ def of_task(text: str) -> tuple[str, str]:
     return task, axis
 
 
-def configs_of(args: argparse.Namespace, task: str, starts: Mapping[int, str] = MappingProxyType({})) -> list[Config]:
+def configs_of(
+    args: argparse.Namespace,
+    task: str,
+    starts: Mapping[int, str] = MappingProxyType({}),
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = completed,
+) -> list[Config]:
     """Of all runs of a task. `starts`: what those of a seed start from, where that is another network of --from."""
     found = []
     own = [axis for name, axis in args.grid if name == task]
@@ -46,13 +67,24 @@ def configs_of(args: argparse.Namespace, task: str, starts: Mapping[int, str] = 
     for combination in sweep.combinations(own, args.seeds):
         values = [f'run.name="{args.name}/{task}/{sweep.run_name(combination)}"', f'train.init_from="{args.source}"']
         values += [f'data.{split}="{args.data}/{task}/{split}"' for split in ("train", "eval")]
-        cfg = load_config(args.config, [*args.overrides, *combination, *values], completed)
+        cfg = load_config(args.config, [*args.overrides, *combination, *values], complete)
         start = {"init_from": starts.get(cfg.run.seed, args.source)}
         found.append(cfg.model_copy(update={"train": cfg.train.model_copy(update=start)}))
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def check_keys(args: argparse.Namespace) -> None:
+    """Raises UserError for a recipe or values that no network could be fine-tuned with; there may be none yet."""
+
+    def of_any(values: dict[str, Any]) -> dict[str, Any]:
+        model = ANY_NETWORK | values.get("model", {})
+        return values | {"model": model, "data": {"tokenizer": args.source} | values.get("data", {})}
+
+    for task in args.tasks or TRAINED:
+        configs_of(args, task, complete=of_any)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--from", dest="source", required=True, help="a run, a checkpoint, an export or hf:FOLDER of an encoder")
@@ -74,7 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add("overrides", nargs="*", metavar="key.sub=value", help="keys to change in all of them")
     add_options(parser)
-    args = parser.parse_intermixed_args(arguments)
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
     if args.cluster == "debug":
         raise UserError("--cluster debug: is for one run; acn_scale/finetune.py is that")
     args.name = args.name or f"glue/{Path(args.source.partition(':')[2] or args.source).name}"
@@ -88,16 +124,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError("--from-mnli: --tasks must have mnli")
     first = {task: configs_of(args, task) for task in args.tasks if task not in later}
     configs = [cfg for part in first.values() for cfg in part]
-    starts = {cfg.run.seed: str(run_folder(cfg)) for cfg in reversed(first.get("mnli", []))}
-    second = [cfg for task in later for cfg in configs_of(args, task, starts)]
-    launch = partial(submission.launch_all, args, args.name.replace("/", "_"), program=submission.FINETUNE)
+    starts = {cfg.run.seed: cfg for cfg in reversed(first.get("mnli", []))}
+    folders = {seed: str(run_folder(cfg)) for seed, cfg in starts.items()}
+    second = [cfg for task in later for cfg in configs_of(args, task, folders)]
+    for cfg in second:
+        submission.check(cfg, args)  # before MNLI's hours
+    launch = partial(submission.launch_all, args, args.name.replace("/", "_"), program=FINETUNE)
     code, jobs = launch(configs, parallel=args.parallel)
     args.extra = [*args.extra, "kill-on-invalid-dep=yes"]
     ids = {str(run_folder(cfg)): job for cfg, job in zip(configs, jobs, strict=False)}
-    for start in dict.fromkeys(cfg.train.init_from for cfg in second):
-        waiting = [cfg for cfg in second if cfg.train.init_from == start]
-        after = [ids[start]] if ids else []
-        code = submission.worst([code, launch(waiting, parallel=args.parallel, after=after)[0]])
+    for seed in dict.fromkeys(cfg.run.seed for cfg in second):
+        if code == EXIT_STOPPED:
+            break
+        start = folders[seed]
+        waiting = [cfg for cfg in second if cfg.run.seed == seed]
+        if args.cluster == "local" and not args.dry_run and not trained(starts[seed]):
+            print(f"{start}: did not come to its end; not begun: {', '.join(str(run_folder(cfg)) for cfg in waiting)}",
+                  file=sys.stderr)  # fmt: skip
+        else:
+            after = [ids[start]] if ids else []
+            code = worst([code, launch(waiting, parallel=args.parallel, after=after)[0]])
     if not args.dry_run:
         print(f"\ntable:  python tools/results.py {Path(configs[0].run.dir) / args.name}")
     sys.exit(code)

@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 
+from submitit.helpers import Checkpointable
+
 
 def run(snapshot: str, program: str) -> int | None:
     """Become the trainer, on Slurm; elsewhere run it, hand the job's signals on to it, and return its exit code."""
     command = [sys.executable, "-u", f"{snapshot}/{program}", "--config", f"{snapshot}/config.json"]
     # The snapshot comes before the checkout that the package may be installed from.
     environment = os.environ | {"PYTHONPATH": snapshot}
-    environment.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+    environment.setdefault("OMP_NUM_THREADS", threads(int(os.environ.get("SUBMITIT_LOCAL_NTASKS", 1))))
     if "SUBMITIT_LOCAL_GLOBALID" not in os.environ:
         os.execve(sys.executable, command, environment)
     rank, ranks = os.environ["SUBMITIT_LOCAL_GLOBALID"], os.environ["SUBMITIT_LOCAL_NTASKS"]
@@ -27,9 +29,30 @@ def run(snapshot: str, program: str) -> int | None:
     return trainer.wait()
 
 
-def run_tool(command: list[str], marker: str, snapshot: str) -> None:
-    """Run a tool of the snapshot, and write the marker once it has done its work. Raises SystemExit where it fails."""
-    code = subprocess.run([sys.executable, "-u", *command], env=os.environ | {"PYTHONPATH": snapshot}).returncode
+class Tool(Checkpointable):
+    """run_tool() as a job that submitit queues again when its time is up, as it is: a tool goes on where it stopped, or
+    begins anew.
+    """
+
+    def __call__(self, command: list[str], marker: str, snapshot: str, processes: int) -> None:
+        run_tool(command, marker, snapshot, processes)
+
+
+def threads(processes: int) -> str:
+    """Of each of the processes that share the cores of one task of Slurm's."""
+    return str(max(1, int(os.environ.get("SLURM_CPUS_PER_TASK", 1)) // processes))
+
+
+def run_tool(command: list[str], marker: str, snapshot: str, processes: int = 1) -> None:
+    """Run a tool of the snapshot, on several ranks where it takes them, and write the marker once it has done its work.
+    Raises SystemExit where it fails.
+    """
+    environment = os.environ | {"PYTHONPATH": snapshot}
+    python = [sys.executable, "-u"]
+    if processes > 1:
+        environment.setdefault("OMP_NUM_THREADS", threads(processes))
+        python += [f"{snapshot}/launchers/torchrun.py", str(processes)]
+    code = subprocess.run([*python, *command], env=environment).returncode
     if code:
         raise SystemExit(code)
     with open(marker, "w") as file:

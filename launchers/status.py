@@ -32,7 +32,7 @@ def status(run: Path, queue: dict[str, str]) -> list[str]:
     failure = read_failure(run)
     beating = bool(beats) and time.time() - newest < ALIVE and any(beat["phase"] != "end" for beat in beats.values())
     running = beating and not failure
-    if steps and last.get("step") == steps and not running:
+    if steps and last.get("step") == steps and not running and not failure:
         state = "finished"
     elif running:
         state = "running"
@@ -88,10 +88,14 @@ def find_runs(folder: Path) -> list[Path]:
     return sorted(run for run in found if not any("snapshot_" in part for part in run.parts))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="(default: runs)")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
     runs = find_runs(args.folder)
     if not runs:
         raise UserError(f"{args.folder}: no runs in there")

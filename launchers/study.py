@@ -6,10 +6,12 @@ measures, and writes the report. What is finished is not run again, and the same
 tools/reproduce.py does the same without Slurm.
 """
 
+import argparse
 from collections.abc import Sequence
 
 import submission
 from cluster_options import add_options
+from snapshots import take_snapshot
 
 from acn_scale.cli import exit_on_user_error, positive
 from acn_scale.errors import UserError
@@ -19,11 +21,15 @@ from acn_scale.studies.runner import first_runs
 from acn_scale.studies.study import CONFIGS
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--parallel", type=positive, help="runs at the same time (default: all)")
     add_options(parser)
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
     if args.cluster != "slurm":
         raise UserError(f"--cluster {args.cluster}: is for one run; tools/reproduce.py runs a study here")
     setting = setting_of(args)
@@ -37,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.dry_run:
         return
     files = {f"configs/{path.relative_to(CONFIGS)}": path.read_bytes() for path in sorted(CONFIGS.rglob("*.toml"))}
-    snapshot = submission.prepare(setting.folder, setting, files)
+    snapshot = take_snapshot(setting.folder, setting, files)
     keys = ("scale", "seeds", "first_seed", "data", "out")
     options = [text for key in keys for text in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
     command = [f"{snapshot}/tools/reproduce.py", args.study, *options]

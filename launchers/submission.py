@@ -1,82 +1,41 @@
-"""From a config to jobs: the snapshot that a job runs, and the submission through submitit."""
+"""Jobs: what Slurm is told of them, and their submission through submitit."""
 
 import argparse
-import hashlib
-import json
 import logging
 import shlex
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import cloudpickle
 import job
-import requeue
 import submitit
 from cluster_options import tasks_per_node
-from pydantic import BaseModel
+from local import run_here, worst
+from snapshots import PRETRAIN, snapshot_path, take_snapshot
 from submitit.slurm.slurm import _make_sbatch_string
 
-import acn_scale
 from acn_scale.config import Config
+from acn_scale.convert.start import check_start
 from acn_scale.data import build_stream
 from acn_scale.errors import UserError
-from acn_scale.runs import COMMIT, check_run_folder, git_commit, run_folder, write_json
+from acn_scale.runs import check_run_folder, run_folder, write_json
+from acn_scale.stopping import EXIT_STOPPED
 
 cloudpickle.register_pickle_by_value(job)
-
-PRETRAIN, FINETUNE = "acn_scale/pretrain.py", "acn_scale/finetune.py"
-NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 
 
 def check(cfg: Config, args: argparse.Namespace) -> None:
     """Raises UserError for what would end the job as soon as it starts."""
     check_run_folder(cfg)
+    check_start(cfg)
     cfg.micro_batch_size(1 if args.cluster == "debug" else args.nodes * tasks_per_node(args))
     build_stream(cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch_size": None})}))
     if args.cluster != "slurm" and args.nodes > 1:
         raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} is this machine alone")
-
-
-def _content(values: BaseModel, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """What a job is made of, by its name in the snapshot."""
-    sources = Path(acn_scale.__file__).parents[1]
-    programs = sorted(path for part in ("acn_scale", "launchers", "tools") for path in (sources / part).rglob("*.py"))
-    config = json.dumps(values.model_dump(mode="json"), indent=1) + "\n"
-    code = {str(path.relative_to(sources)): path.read_bytes() for path in programs}
-    return code | {"config.json": config.encode()} | files
-
-
-def snapshot_path(folder: Path, values: BaseModel, files: Mapping[str, bytes] = NO_FILES) -> Path:
-    """Where the snapshot of the code and config as they are now belongs, for a job whose results go to a folder."""
-    digest = hashlib.sha256(repr(sorted(_content(values, files).items())).encode()).hexdigest()
-    return (folder / "jobs" / f"snapshot_{digest[:12]}").resolve()
-
-
-def prepare(folder: Path, values: BaseModel, files: Mapping[str, bytes] = NO_FILES) -> Path:
-    """Copy the code, the resolved config and other `files` into the folder, where later edits do not reach; return
-    where.
-
-    The same code and config give the same snapshot: one that a queued job waits for is never written over.
-    """
-    snapshot = snapshot_path(folder, values, files)
-    if not snapshot.exists():
-        temporary = snapshot.with_suffix(".tmp")
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            for name, content in _content(values, files).items():
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                (temporary / name).write_bytes(content)
-            (temporary / COMMIT).write_text(f"{git_commit() or 'not in git'}\n")
-            temporary.rename(snapshot)
-        except OSError as error:
-            raise UserError(f"{snapshot}: {error.strerror}") from None
-    return snapshot
 
 
 def parameters(
@@ -126,7 +85,7 @@ def launch_all(
     after: Sequence[str] = (),
 ) -> tuple[int, list[str]]:
     """Run these on this machine, one after the other, or submit them to Slurm as one array that begins when the jobs
-    `after` have ended well. One that fails does not stop the others. With --dry-run, print instead.
+    `after` have ended well. One that fails does not stop the others, Ctrl-C does. With --dry-run, print instead.
 
     Returns the worst exit code of what ran here, and the ids of what was submitted.
     """
@@ -143,9 +102,14 @@ def launch_all(
         return 0, []
     if args.cluster == "slurm":
         check_with_slurm(text)
-    snapshots = [prepare(run_folder(cfg), cfg) for cfg in configs]
+    snapshots = [take_snapshot(run_folder(cfg), cfg) for cfg in configs]
     if args.cluster == "local":
-        return worst(run_here(args, snapshot, program) for snapshot in snapshots), []
+        codes = []
+        for snapshot in snapshots:
+            codes.append(run_here(args, snapshot, program))
+            if codes[-1] == EXIT_STOPPED:
+                break
+        return worst(codes), []
     jobs = submit(args, name, snapshots, program, parallel, after)
     for job_id, cfg in zip(jobs, configs, strict=True):
         print(f"job {job_id}: {run_folder(cfg)}")
@@ -181,22 +145,26 @@ def submit_tool(
     marker: Path,
     after: Sequence[str],
     *,
+    processes: int = 1,
     anyway: bool = False,
 ) -> str:
-    """Submit one process, job.run_tool, that begins when the jobs `after` have ended, well if not `anyway`; return the
-    job's id.
+    """Submit job.run_tool, for a tool of so many processes, that begins when the jobs `after` have ended, well if not
+    `anyway`; return the job's id.
     """
-    executor = submitit.SlurmExecutor(folder=snapshot.parent)
+    executor = submitit.SlurmExecutor(folder=snapshot.parent, max_num_timeout=args.tries - 1)
     values = _tool_parameters(args, name, snapshot, after)
     if after and anyway:
         values["dependency"] = f"afterany:{':'.join(after)}"
     executor.update_parameters(**values)
     logging.getLogger("submitit").setLevel(logging.ERROR)
-    return executor.submit(job.run_tool, list(command), str(marker), str(snapshot)).job_id
+    return executor.submit(job.Tool(), list(command), str(marker), str(snapshot), processes).job_id
 
 
 def _tool_parameters(args: argparse.Namespace, name: str, snapshot: Path, after: Sequence[str] = ()) -> dict[str, Any]:
-    values = parameters(args, name, [snapshot], after) | {"nodes": 1, "ntasks_per_node": 1}
+    """One task, with the cores of all the processes that the tool starts itself, one a GPU."""
+    cores = args.cpus_per_task and args.cpus_per_task * tasks_per_node(args)
+    one = argparse.Namespace(**vars(args) | {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": cores})
+    values = parameters(one, name, [snapshot], after)
     return {key: value for key, value in values.items() if key != "teardown"}
 
 
@@ -239,53 +207,3 @@ def sbatch_file(
 def _sbatch_text(values: Mapping[str, Any], logs: Path) -> str:
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(logs))}"
     return _make_sbatch_string(command=command, folder=logs, **values) + "\n"
-
-
-def run_here(args: argparse.Namespace, snapshot: Path, program: str = PRETRAIN) -> int:
-    """Train on this machine until the run is finished or given up; return its exit code. Ctrl-C saves and stops."""
-    executor = submitit.LocalExecutor(folder=snapshot.parent)
-    executor.update_parameters(tasks_per_node=tasks_per_node(args), timeout_min=args.time,
-                               signal_delay_s=args.signal_delay, gpus_per_node=args.gpus_per_node)  # fmt: skip
-    interrupted = False
-    while True:
-        running = executor.submit(job.run, str(snapshot), program)
-        print(f"log of rank 0: {running.paths.stderr}", file=sys.stderr)
-        write_json(snapshot.parent / "job.json", {"id": None, "log": str(running.paths.stderr)})
-        try:
-            codes = _follow(running)
-        except KeyboardInterrupt:
-            interrupted = True
-            running._process.terminate()  # goes on to all ranks
-            codes = _follow(running)
-        code = worst(codes)
-        if interrupted or not requeue.worth_another(snapshot.parents[1], code, args.tries):
-            return code
-
-
-def worst(codes: Iterable[int]) -> int:
-    """That of a signal is negative, and no success either."""
-    return max(codes, key=abs)
-
-
-def _follow(running: submitit.Job) -> list[int]:
-    """Show what rank 0 says until the job is over; return the exit codes of its ranks."""
-    path, place = Path(running.paths.stderr), 0
-    while True:
-        over = running.done()
-        if path.exists():
-            with path.open("rb") as file:
-                file.seek(place)
-                new = file.read()
-            sys.stderr.buffer.write(new)
-            sys.stderr.flush()
-            place += len(new)
-        if over:
-            break
-        time.sleep(0.5)
-    codes = []
-    for rank in running._sub_jobs or [running]:
-        try:
-            codes.append(rank.result())
-        except Exception:  # the process that would have told is gone
-            codes.append(1)
-    return codes

@@ -34,7 +34,7 @@ def run_name(combination: Sequence[str]) -> str:
     return "-".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="TOML file that the runs have in common")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys to change in all of them")
@@ -42,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="values of run.seed")
     parser.add_argument("--parallel", type=positive, help="runs at the same time (default: all)")
     add_options(parser)
-    args = parser.parse_intermixed_args(arguments)
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
     if args.cluster == "debug":
         raise UserError("--cluster debug: is for one run; launchers/pretrain.py has it")
     base = load_config(args.config, args.overrides)

@@ -9,6 +9,7 @@ import gpus  # noqa: F401 before what could look for them
 import numpy as np
 import pytest
 import torch
+from glue_runs import glue_encoder, glue_files, glue_shards  # noqa: F401 fixtures
 from ranks import Ranks
 
 from acn_scale.config import Config

@@ -17,6 +17,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "acn_scale.pretrain",
+        "acn_scale.data.images",
         "deepspeed.runtime.zero.muon.muon_optimizer",  # every engine imports it, and with it all of PyTorch's compiler
         "torch.utils.tensorboard",
         "matplotlib.backends.backend_agg",

@@ -1,6 +1,8 @@
 """Small networks without a zero among their weights, small runs, and what a conversion that is refused says."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -37,7 +39,7 @@ def bert(**keys: Any) -> BertConfig:
     return BertConfig(**{"name": "bert", "connectivity": "residual"} | TEXTS | keys)
 
 
-def network(model: ModelConfig, tokenizer: bytes | None = None) -> Network:
+def network(model: ModelConfig, tokenizer: Mapping[str, bytes] = MappingProxyType({})) -> Network:
     """No weight is zero."""
     torch.manual_seed(0)
     module = build_model(model).eval().requires_grad_(False)

@@ -1,11 +1,13 @@
 """A side of a comparison for the tests. What a process of its own imports first should be little."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from acn_scale import distributed
 from acn_scale.errors import UserError
 
 
@@ -22,3 +24,22 @@ def side(log: Path, name: str, mebibytes: int, turns: int) -> Iterator[Callable[
         return float(held[0])
 
     yield measure
+
+
+@contextmanager
+def visible() -> Iterator[Callable[[], float]]:
+    """The numbers of the GPUs that it may use, as digits."""
+    yield lambda: float(os.environ["CUDA_VISIBLE_DEVICES"].replace(",", ""))
+
+
+@contextmanager
+def summed(unwilling: int) -> Iterator[Callable[[], float]]:
+    """The sum of the ranks' numbers from 1; one of them is mistaken instead, and the others wait for it."""
+    with distributed.process_group():
+
+        def measure() -> float:
+            if distributed.rank() == unwilling:
+                raise UserError(f"rank {unwilling} does not want to")
+            return distributed.sum_on_cpu([distributed.rank() + 1.0])[0]
+
+        yield measure

@@ -227,7 +227,7 @@ def test_every_layout_keeps_the_same(
     layouts += [(one_rank, 0), (two_ranks, 1)] if name == "adamw" else []
     chain = [
         vit(run={"name": f"number_{number}"}, optim={"name": name}, model={"depth": 1, "dim": 6},
-            train={"zero_stage": stage, "precision": precision, "length": "3step"})
+            train={"zero_stage": stage, "precision": precision, "length": "3step", "clip_norm": 0.0})
         for number, (_, stage) in enumerate(layouts)
     ]  # fmt: skip
     layouts[0][0](run, chain[0])

@@ -1,7 +1,12 @@
 """Configs and the command line: strict, typed, and every mistake in one line."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +21,7 @@ from acn_scale.config import Config, Section
 from acn_scale.durations import Horizon
 from acn_scale.errors import UserError
 
+ROOT = Path(__file__).parents[1]
 TINY = """
 [run]
 name = "tiny"
@@ -182,6 +188,39 @@ def test_mistakes_leave_nothing_behind(tiny: Path) -> None:
         assert line in done.stderr
         assert done.stderr.count("\n") == 1
         assert [path.name for path in tiny.parent.iterdir()] == [tiny.name]
+
+
+def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
+    """Of the first rank; the process ends by the signal."""
+    os.mkfifo(tmp_path / "names")  # the tool stands still where it reads them
+    command = [sys.executable, ROOT / "tools/index_shards.py", tmp_path, "--classes", tmp_path / "names"]
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background ignores it
+    ranks = [
+        subprocess.Popen(command, env=os.environ | {"RANK": rank}, stderr=subprocess.PIPE, text=True, **heard)
+        for rank in "01"
+    ]
+    with (tmp_path / "names").open("w"):
+        for rank in ranks:
+            while str(tmp_path / "names") not in open_files(rank.pid):
+                assert rank.poll() is None
+                time.sleep(0.05)
+            rank.send_signal(signal.SIGINT)
+        ends = [(rank.communicate(timeout=60)[1], rank.returncode) for rank in ranks]
+    assert ends == [("\ninterrupted\n", -signal.SIGINT), ("", -signal.SIGINT)]
+
+
+def test_the_first_rank_warns_for_all() -> None:
+    code = "import logging; from acn_scale.cli import exit_on_user_error; "
+    code += "exit_on_user_error(lambda: logging.getLogger('acn_scale.data').warning('said'))"
+    said = [
+        subprocess.run([sys.executable, "-c", code], env=os.environ | {"RANK": rank}, capture_output=True, text=True)
+        for rank in "01"
+    ]
+    assert [each.stderr for each in said] == ["said\n", ""]
+
+
+def open_files(pid: int) -> list[str]:
+    return [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
 
 
 def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

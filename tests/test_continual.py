@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from made import image_folder, png
 from networks import mixer, same
 from pydantic import ValidationError
+from studied import setting, written
 from test_models import randomize
 from test_pretrain import measured, named, refused, run, run_until
-from test_studies import setting, written
 from torch import Tensor, nn
 
 from acn_scale.config import Config
@@ -309,10 +309,13 @@ def test_what_the_study_says(tmp_path: Path) -> None:
 
     less, more = ([0.9, 0.8], [0.7, 0.8]), ([0.9, 0.9], [0.5, 0.9])
     kept = {"acn-si-15": less, "residual-si-15": more, "acn-naive-15": more, "residual-naive-15": less}
-    found = study.findings({name: runs(name, *each) for name, each in kept.items()}, here)
+    named = {name: runs(name, *each) for name, each in kept.items()}
+    found = study.findings(named, here)
     rows = {"-".join(row[:3]): row[3:] for row in found.table[1:]}
     assert rows["acn-si-15"] == ["75.0 ± 0.0", "10.0 ± 0.0", "85.0 ± 0.0", "46.2 ± 0.8", "32 ± 1.8"]
     assert rows["residual-naive-15"][1] == per_cent([0.1, 0.1])
     assert "si at L = 15: the ACN forgets less than its twin on 2 of 2 seeds, 10.0 points less" in found.sentences[0]
     assert "5.0 points lower" in found.sentences[0]
     assert "naive at L = 15: the ACN forgets less than its twin on 0 of 2 seeds, 10.0 points more" in found.sentences[1]
+    found = study.findings(named, here.model_copy(update={"scale": "paper"}))
+    assert found.sentences[-1].startswith("Nor does the paper state these: the learning rate is constant")

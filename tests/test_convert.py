@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from acn_scale import pretrain, reshape
 from acn_scale.checkpoint import complete
 from acn_scale.config import BertConfig, Config, ModelConfig
 from acn_scale.convert import convert, read_model
-from acn_scale.convert.network import Masks
-from acn_scale.convert.start import start_from
+from acn_scale.convert.network import Masks, digest_of
+from acn_scale.convert.start import OF_CLASSES, START, start_from
 from acn_scale.data.tokenizer import TOKENIZER_NAME
 from acn_scale.errors import UserError
 from acn_scale.models import build_model
 from acn_scale.models.connectivity import CONNECTIVITY
-from acn_scale.runs import read_metrics, run_folder
+from acn_scale.runs import read_json, read_metrics, run_folder, write_json
 
 CONVERT = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
 
@@ -107,7 +108,7 @@ def test_tied_weights_are_stored_once(two_ranks: Callable, text_run: Callable[..
     net = read_model(out)
     assert net.model.head.decoder.weight is net.model.embed.token.weight
     assert net.card.masks == Masks(mask_ratio=0.3, whole_words=False)
-    assert net.tokenizer == (Path(cfg.data.train) / TOKENIZER_NAME).read_bytes()
+    assert net.tokenizer == {TOKENIZER_NAME: (Path(cfg.data.train) / TOKENIZER_NAME).read_bytes()}
 
 
 @pytest.mark.parametrize("model", [
@@ -115,7 +116,8 @@ def test_tied_weights_are_stored_once(two_ranks: Callable, text_run: Callable[..
     bert(connectivity="acn"), bert(connectivity="highway", norm="pre", num_classes=3),
 ], ids=described)  # fmt: skip
 def test_a_cut_network_is_the_readout(exported: Callable[..., Path], model: ModelConfig) -> None:
-    """Bit for bit after a reload, at every depth; by tolerance, at the cut-off."""
+    """Bit for bit after a reload, at every depth, and to rounding where the tokens that nobody reads are left out; by
+    tolerance, at the cut-off."""
     net = network(model)
     batch = batch_for(net.model) | {"labels": torch.zeros(4, dtype=torch.long)}
     batch = {name: values for name, values in batch.items() if name != "labels"}
@@ -125,7 +127,9 @@ def test_a_cut_network_is_the_readout(exported: Callable[..., Path], model: Mode
     cuts = [({"depth": depth}, depth) for depth in (1, 2, 3)] + [({"tolerance": 1.5}, 2), ({"tolerance": 45.0}, 1)]
     for keys, depth in cuts:
         back = read_model(exported(net, "safetensors", **keys))
-        assert torch.equal(back.model(**batch)["logits"], readouts[depth])
+        *_, last = back.model.readouts(**batch)
+        assert torch.equal(last, readouts[depth])
+        torch.testing.assert_close(back.model(**batch)["logits"], last)
         assert back.card.model.depth == len(back.model.trunk.blocks) == depth
         assert back.card.full_depth == 3
         assert back.card.accuracy == CURVE
@@ -256,13 +260,35 @@ def test_start_from(exported: Callable[..., Path]) -> None:
     masked = network(bert())
     for source in (exported(masked, "safetensors"), f"hf:{exported(masked, 'hf')}"):
         model = build_model(bert(num_classes=2, connectivity="acn", max_tokens=5))
-        kept = start_from(model, str(source))
+        kept = start_from(model, str(source), note=folder)
+        assert json.loads((folder / START).read_text())["source"] == str(source)
         assert kept == [f"head.{part}.{kind}" for part in ("linear", "pooler") for kind in ("bias", "weight")]
         expected = masked.weights()
         expected["embed.position.weight"] = expected["embed.position.weight"][:5]
         assert all(torch.equal(weight, expected[name]) for name, weight in model.named_parameters() if name not in kept)
     with pytest.raises(UserError, match=r"embed.position.weight: \(7, 16\) in it, \(9, 16\) in this run's model"):
         start_from(build_model(bert(num_classes=2, max_tokens=9)), str(source))
+
+
+def test_the_map_to_other_classes_is_not_taken(exported: Callable[..., Path]) -> None:
+    """Of a run of ours, as many as they are; another's network may name the same ones otherwise."""
+    net = network(vit())
+    ours = replace(net, card=net.card.model_copy(update={"run": "first"}))
+    same, others = net.card.class_names(), [f"other {number}" for number in range(5)]
+    for source, classes, kept in (
+        (ours, others, [*OF_CLASSES]),
+        (ours, same[::-1], [*OF_CLASSES]),
+        (ours, same, []),
+        (ours, [], []),
+        (net, others, []),
+    ):
+        assert start_from(build_model(vit()), str(exported(source, "safetensors")), classes) == kept
+
+
+def test_a_digest_is_of_the_values() -> None:
+    """Whatever they are stored in: a Hugging Face folder may hold 16 bits."""
+    half = torch.arange(6.0).view(2, 3).to(torch.bfloat16)
+    assert digest_of({"x": half.T}) == digest_of({"x": half.T.float().contiguous()}) != digest_of({"y": half.T})
 
 
 def test_runs_start_from_weights(two_ranks: Callable, vit: Callable[..., Config], tmp_path: Path) -> None:
@@ -278,6 +304,13 @@ def test_runs_start_from_weights(two_ranks: Callable, vit: Callable[..., Config]
     assert net.card.step == 5
     expected = read_model(source).weights()
     assert all((weight - expected[name]).abs().max() < 1e-7 for name, weight in net.weights().items())
+    card = read_json(source / "config.json")
+    card["images"]["classes"] = [f"other {name}" for name in card["images"]["classes"]]
+    write_json(source / "config.json", card)
+    other = vit(run={"name": "other"}, train=train, optim={"lr": 1e-9})
+    two_ranks(run_until, other, 7)
+    weights = read_model(run_folder(other)).weights().items()
+    assert {name for name, weight in weights if (weight - expected[name]).abs().max() > 1e-7} == {*OF_CLASSES}
     shutil.rmtree(source)
     two_ranks(run, cfg)
     assert read_model(run_folder(cfg)).card.step == 10

@@ -29,10 +29,11 @@ from acn_scale.convert.export import write_export
 from acn_scale.convert.hugging_face import write_hugging_face
 from acn_scale.convert.network import Images, Network
 from acn_scale.convert.start import start_from
+from acn_scale.data.encoders import read_tokenizer
 from acn_scale.data.images import ImageDecoder
 from acn_scale.data.samples import Key
 from acn_scale.data.shards import ShardIndex
-from acn_scale.data.tokenizer import TOKENIZER_NAME, load_tokenizer, train_tokenizer
+from acn_scale.data.tokenizer import load_tokenizer, train_tokenizer
 from acn_scale.models import build_model
 from acn_scale.runs import run_folder
 
@@ -256,7 +257,7 @@ def tokenizers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     out = folder / "hf"
     source = folder / "source"
     source.mkdir()
-    write_export(network(bert(connectivity="acn"), (folder / TOKENIZER_NAME).read_bytes()), source, "fp32")
+    write_export(network(bert(connectivity="acn"), read_tokenizer(folder)), source, "fp32")
     convert(str(source), "hf", out)
     return load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(out)
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.comm.torch import TorchBackend
 from deepspeed.utils import safe_get_full_fp32_param
 
 from acn_scale import distributed
@@ -86,6 +87,35 @@ def test_zero_equals_plain_pytorch(
             assert got == pytest.approx(expected, rel=1e-4)
 
 
+def sums_of_a_run(cfg: Config) -> tuple[list[float], list[int]]:
+    """The losses of a few steps on this rank, and how many numbers DeepSpeed sums over the ranks at once."""
+    sizes = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "reduce_scatter_tensor"):
+            communicate = getattr(TorchBackend, name)
+
+            def noted(*args: Any, communicate: Callable = communicate, **keys: Any) -> Any:
+                tensors = (each for each in (*args, *keys.values()) if isinstance(each, torch.Tensor))
+                sizes.append(max(tensor.numel() for tensor in tensors))
+                return communicate(*args, **keys)
+
+            patch.setattr(TorchBackend, name, noted)
+        losses, *_ = engine_run(cfg, steps=3)
+    return losses, sizes
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_buckets_are_as_large_as_asked_for_and_change_no_result(
+    two_ranks: Callable, vit: Callable[..., Config], stage: int
+) -> None:
+    """One is as large as the largest weight where that is more than it was asked to be."""
+    train, largest = {"zero_stage": stage, "micro_batch_size": 4}, 16 * 64
+    whole, small = (two_ranks(sums_of_a_run, vit(train=train | more)) for more in ({}, {"bucket_size": 1500}))
+    for (losses, sizes), (same, smaller) in zip(whole, small, strict=True):
+        assert losses == same
+        assert max(smaller) <= 1500 + largest < max(sizes)
+
+
 def losses_of(cfgs: list[Config], plain: bool) -> list[list[float]]:
     """The first losses of each, on this rank of a DeepSpeed run or of one process alone.
 
@@ -150,22 +180,26 @@ def weights_after(cfg: Config, own_loops: bool) -> list[torch.Tensor]:
         batch = next(stream)
         if step == 3 and distributed.rank() == distributed.world_size() - 1:
             batch["images"][0, 0, 0, 0] = torch.nan
-        assert train_step(engine, iter([batch]), 1e-2).applied == (step != 3)
+        # Small: where a weight is rounded to 16 bits the other way once, its gradients are others from then on.
+        assert train_step(engine, iter([batch]), 1e-5).applied == (step != 3)
     if cfg.train.zero_stage:
         return [safe_get_full_fp32_param(parameter) for parameter in engine.module.parameters()]
     return [weight.detach() for group in engine.optimizer.fp32_groups for weight in group]
 
 
-@pytest.mark.parametrize("clip_norm", [0.0, 0.1])
-@pytest.mark.parametrize(("name", "stage"), [("adamw", 0), ("adamw", 1), ("adamw", 2), ("lamb", 0), ("muon", 1)])
+@pytest.mark.parametrize(
+    ("name", "stage", "clip_norm"),
+    [("adamw", 0, 0.0), ("adamw", 0, 0.1), ("adamw", 1, 0.0), ("adamw", 1, 0.1), ("adamw", 2, 0.0), ("adamw", 2, 0.1),
+     ("lamb", 0, 0.0), ("lamb", 0, 0.1), ("muon", 1, 0.0)],
+)  # fmt: skip
 def test_an_update_at_once_is_deepspeed_s(
     two_ranks: Callable, vit: Callable[..., Config], name: str, stage: int, clip_norm: float
 ) -> None:
     train = {"zero_stage": stage, "precision": "bf16", "clip_norm": clip_norm}
     cfg = vit(optim={"name": name}, train=train, model={"depth": 1})
     for got, expected in zip(two_ranks(weights_after, cfg, False), two_ranks(weights_after, cfg, True), strict=True):
-        assert all(weight.abs().max() > 1e-4 for weight in expected)
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        assert all(weight.abs().max() > 1e-6 for weight in expected)
+        torch.testing.assert_close(got, expected, rtol=0, atol=5e-8)  # five updates come to 5e-5
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -8,10 +8,10 @@ from typing import Any
 import gpus
 import pytest
 import torch
+from glue_runs import fine_tune, fine_tuning
 from networks import bert, mixer, vit
 from ranks import Ranks
 from test_engine import weights_after
-from test_glue import encoder, files, fine_tune, fine_tuning, shards  # noqa: F401 fixtures
 from test_models import batch_for
 from test_pretrain import measured, named, run, run_until
 
@@ -144,9 +144,9 @@ def test_what_saves_time_or_memory_changes_nothing(
 
 
 @pytest.mark.parametrize("task", ["cola", "mrpc", "stsb"])
-def test_sentences(gpu: Ranks, encoder: Path, shards: Path, tmp_path: Path, task: str) -> None:  # noqa: F811
+def test_sentences(gpu: Ranks, glue_encoder: Path, glue_shards: Path, tmp_path: Path, task: str) -> None:
     """Padded batches of any length, from training to what is predicted."""
-    cfg = fine_tuning(tmp_path, encoder, shards, task, "train.precision=bf16", "train.zero_stage=1")
+    cfg = fine_tuning(tmp_path, glue_encoder, glue_shards, task, "train.precision=bf16", "train.zero_stage=1")
     gpu(fine_tune, cfg)
     assert len(list((run_folder(cfg) / "eval").iterdir())) >= 2
 

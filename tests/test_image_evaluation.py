@@ -3,9 +3,12 @@
 import csv
 import json
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -29,11 +32,13 @@ from acn_scale.data.image_files import ImageFiles
 from acn_scale.data.image_noise import CORRUPTIONS, image_noise, image_noises
 from acn_scale.data.shards import ShardIndex, ShardReader
 from acn_scale.data.storage import open_folder
+from acn_scale.downstream import corruptions
 from acn_scale.downstream.corruptions import ALEXNET, corrupted
 from acn_scale.downstream.image_evaluation import evaluate_images
 from acn_scale.downstream.image_sets import open_subject
 from acn_scale.downstream.predictions import predict
 from acn_scale.downstream.probes import NEIGHBOURS, TEMPERATURE, _fit, draw, features_of, nearest_neighbours
+from acn_scale.downstream.table import results_table
 from acn_scale.errors import UserError
 from acn_scale.results import read_measurements
 
@@ -310,8 +315,11 @@ def measured_corruptions(source: str, data: str, folder: str, classes: list[str]
     return [each.model_dump() for each in corrupted(subject, CPU, Path(folder))]
 
 
-def test_mean_corruption_error(one_rank: Ranks, tmp_path: Path) -> None:
-    """Each error divided by AlexNet's: of files in ImageNet-C's layout, whose images are taken as they are."""
+@pytest.fixture
+def imagenet_c(tmp_path: Path) -> tuple[str, str, str, list[str]]:
+    """What measured_corruptions() takes: a network of 1,000 classes that says one of all images, and files in
+    ImageNet-C's layout, of which some are of another.
+    """
     classes = [f"kind {number}" for number in range(1000)]
     net = network(vit_config(image_size=32, num_classes=1000, depth=1))
     net.model.head.linear.bias[3] = 1e4  # says "kind 3" of all images
@@ -322,13 +330,17 @@ def test_mean_corruption_error(one_rank: Ranks, tmp_path: Path) -> None:
     image = encoded(photo(32, 32), "PNG")
     for place, corruption in enumerate(CORRUPTIONS):
         for severity in range(1, 6):
-            for number in range(4):  # of which some are of another class
+            for number in range(4):
                 kind = "kind 7" if number < place % 4 or (severity, number) == (5, 3) else "kind 3"
                 folder = tmp_path / "c" / ("blur" if place == 4 else ".") / corruption / str(severity) / kind
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / f"{number}.png").write_bytes(image)
-    any_of_them = str(tmp_path / "c/fog/1")
-    (found,) = one_rank(measured_corruptions, str(source), any_of_them, str(tmp_path / "c"), classes)
+    return str(source), str(tmp_path / "c/fog/1"), str(tmp_path / "c"), classes
+
+
+def test_mean_corruption_error(one_rank: Ranks, imagenet_c: tuple, tmp_path: Path) -> None:
+    """Each error divided by AlexNet's: of files whose images are taken as they are."""
+    (found,) = one_rank(measured_corruptions, *imagenet_c)
     values = {(each["metric"], each["depth"]): each["value"] for each in found}
     errors = {corruption: (place % 4 + 0.2) / 4 for place, corruption in enumerate(CORRUPTIONS)}
     for depth in range(2):
@@ -337,7 +349,50 @@ def test_mean_corruption_error(one_rank: Ranks, tmp_path: Path) -> None:
         assert values["mCE", depth] == pytest.approx(np.mean([errors[each] / ALEXNET[each] for each in errors]))
     (tmp_path / "c/snow").rename(tmp_path / "c/rain")
     with pytest.raises(AssertionError, match="has no folder snow; ImageNet-C has gaussian_noise, "):
-        one_rank(measured_corruptions, str(source), any_of_them, str(tmp_path / "c"), classes)
+        one_rank(measured_corruptions, *imagenet_c)
+
+
+def passes_until(most: int, *arguments: Any) -> int:
+    """How many passes corrupted() makes of those that it is stopped after, on every rank."""
+    made = 0
+
+    def counted(*given: Any) -> Any:
+        nonlocal made
+        if made == most:
+            raise KeyboardInterrupt
+        made += 1
+        return predict(*given)
+
+    with patch.object(corruptions, "predict", counted), suppress(KeyboardInterrupt):
+        measured_corruptions(*arguments)
+    return made
+
+
+def test_corruptions_go_on_where_they_were_stopped(
+    one_rank: Ranks, two_ranks: Ranks, imagenet_c: tuple, tmp_path: Path
+) -> None:
+    """To the same file; with the corruptions that are done told before. Of other weights or images, all is anew."""
+    source, partial = Path(imagenet_c[0]), tmp_path / "partial"
+    result = source / "eval/1+corruptions.json"
+    assert one_rank(passes_until, 75, *imagenet_c) == [75]
+    whole = result.read_bytes()
+    shutil.rmtree(source / "eval")
+    assert one_rank(passes_until, 12, *imagenet_c) == [12]
+    shutil.copytree(source / "eval", partial / "eval")
+    assert {each.metric for each in read_measurements(partial)} == {
+        f"accuracy/{kind}_{severity}" for kind in CORRUPTIONS[:2] for severity in range(1, 6)
+    }
+    with pytest.raises(UserError, match="holds no results"):
+        results_table([partial])
+    assert two_ranks(passes_until, 75, *imagenet_c) == [65, 65]
+    assert result.read_bytes() == whole
+    assert one_rank(passes_until, 75, *imagenet_c) == [0]
+    (tmp_path / "c/fog/3/kind 7").rename(tmp_path / "c/fog/3/kind 8")
+    assert one_rank(passes_until, 75, *imagenet_c) == [5]
+    other = read_model(source)
+    other.model.head.linear.bias[3] = 0
+    write_export(other, source, "fp32")
+    assert one_rank(passes_until, 1, *imagenet_c) == [1]
 
 
 def test_probes_are_scikit_learns(rng: np.random.Generator) -> None:

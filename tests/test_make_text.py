@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -17,7 +18,7 @@ from acn_scale.cli import text_parser
 from acn_scale.data.make_text import describe_text, make_text_shards, train_source_tokenizer
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.text_sources import Counts, TextSources, split_documents
-from acn_scale.data.tokenizer import MASK, SEP, load_tokenizer, sample_documents
+from acn_scale.data.tokenizer import MASK, SEP, load_tokenizer, sample_documents, train_tokenizer
 from acn_scale.errors import UserError
 
 DOCUMENTS = ["One line.\nAnother line.", "Once more; with a tab\there.", "Ünïcödé — and \u4e2d\u6587.", "The last."]
@@ -122,6 +123,23 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prose.txt").write_text("\n\n".join(documents))
     train_source_tokenizer(TextSources([f"text:{folder}/prose.txt"]), 300, folder / "tokenizer", eval_share=0.1)
     return folder
+
+
+def test_ctrl_c_does_not_wait_for_sentencepiece(tmp_path: Path) -> None:
+    """Which holds Python up; nothing is written before it ends."""
+    before, seen = signal.getsignal(signal.SIGINT), set()
+
+    def documents() -> Iterator[str]:
+        for topic in topics.values():
+            seen.add((signal.getsignal(signal.SIGINT), (tmp_path / "tokenizer").exists()))
+            yield topic
+
+    train_tokenizer(documents(), 300, tmp_path / "tokenizer")
+    assert seen == {(signal.SIG_DFL, False)}
+    assert signal.getsignal(signal.SIGINT) == before
+    with pytest.raises(UserError, match="--vocab-size 500000"):
+        train_tokenizer(topics.values(), 500_000, tmp_path / "other")
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_packed_shards_are_the_tokenized_documents(prose: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from acn_scale.engine import build_engine, train_step
 from acn_scale.hardware import DEVICES, peak_rate
 from acn_scale.memory import memory, parameters
 from acn_scale.models import build_model
-from acn_scale.plan import Cluster, largest_micro_batch, pace, plan, shards_per_node, traffic
+from acn_scale.plan import Cluster, bucket_size, largest_micro_batch, pace, plan, shards_per_node, traffic
 from acn_scale.runs import read_metrics, run_folder
 
 VIT = {"name": "vit", "num_heads": 4, "image_size": 32, "patch_size": 4, "num_classes": 10, "connectivity": "acn"}
@@ -41,12 +41,13 @@ def config(model: dict[str, Any], ranks: int = 1, micro: int = 1, accumulated: i
 
 def test_flops_of_a_vit() -> None:
     """Two for each multiply-add of the linear maps and of attention, twice as many again backward; not for the input,
-    whose gradient nobody needs."""
+    whose gradient nobody needs. The last block's are, but for q, k and v, of the class token alone."""
     cfg = config(VIT | {"depth": 3, "dim": 64})
     tokens, dim = 65, 64
-    block = 2 * tokens * (4 * dim * dim + 2 * 4 * dim * dim) + 2 * 2 * tokens * tokens * dim
+    qkv, others = 2 * 3 * dim * dim, 2 * (dim * dim + 2 * 4 * dim * dim) + 2 * 2 * tokens * dim  # of a token
+    blocks = 3 * tokens * qkv + (2 * tokens + 1) * others
     patches, head = 2 * 64 * (3 * 4 * 4) * dim, 2 * dim * 10
-    assert step_flops(cfg.model, 0.0) == pytest.approx(3 * (3 * block + head) + 2 * patches, rel=1e-4)
+    assert step_flops(cfg.model, 0.0) == pytest.approx(3 * (blocks + head) + 2 * patches, rel=1e-4)
     assert step_flops(cfg.model.model_copy(update={"recompute": True}), 0.0) == step_flops(cfg.model, 0.0)
 
 
@@ -154,7 +155,7 @@ def test_pace() -> None:
     """Without traffic twice the GPUs halve the step; a slow link makes itself felt, and more so with more of them."""
     cfg = config(VIT | {"depth": 2, "dim": 192}, micro=4096, zero_stage=2)
     device = DEVICES["a100-80gb"]
-    fast, slow = (Cluster(1, 8, device, 0.5, link, 0.0) for link in (1e30, 1e9))
+    fast, slow = (Cluster(1, 8, device, 0.5, link, 0.0, 0.0) for link in (1e30, 1e9))
     alone = pace(cfg, fast, 1).step_seconds
     assert alone == pytest.approx(4096 * step_flops(cfg.model, 0.0) / (0.5 * 19.5e12))
     assert pace(cfg, fast, 64).step_seconds == pytest.approx(alone / 64)
@@ -171,22 +172,33 @@ def test_only_zero_3_hides_traffic() -> None:
     link = 1e11
     for stage in range(4):
         cfg = config(VIT | {"depth": 2, "dim": 192}, micro=4096, zero_stage=stage)
-        cluster = Cluster(1, 8, DEVICES["a100-80gb"], 0.5, link, 0.0)
+        cluster = Cluster(1, 8, DEVICES["a100-80gb"], 0.5, link, 0.0, 0.0)
         compute, at = pace(cfg, cluster, 1).step_seconds / 8, pace(cfg, cluster, 8)
         assert 0 < at.sent / link < 2 / 3 * compute
         assert at.step_seconds == pytest.approx(compute + (0 if stage == 3 else at.sent / link))
 
 
+def test_a_bucket_is_so_large_that_latency_is_a_small_share() -> None:
+    """A twentieth of the time in which a ring sums it; more GPUs deal it to smaller messages, and it holds no more
+    gradients than there are."""
+    cfg, device = config(VIT | {"depth": 6, "dim": 256}, precision="bf16"), DEVICES["a100-80gb"]
+    for gpus, link, latency in ((4, 1e9, 1e-6), (8, 1e9, 1e-5), (8, 4e9, 1e-6)):
+        size = bucket_size(cfg, Cluster(1, gpus, device, 0.5, link, latency, 0.0))
+        moving = 2 * size / gpus / link  # bf16: two bytes each
+        assert latency / (latency + moving) == pytest.approx(0.05, rel=1e-3)
+    assert bucket_size(cfg, Cluster(64, 8, device, 0.5, 25e9, 2e-5, 0.0)) == parameters(cfg.model)
+
+
 def test_shards_of_a_node(vit: Callable[..., Config]) -> None:
     cfg = vit(data={"streams": 16})
     device = DEVICES["a100-80gb"]
-    assert shards_per_node(cfg, 100, Cluster(4, 4, device, 0.5, 1e9, 0.0)) == 25
-    assert shards_per_node(cfg, 100, Cluster(3, 4, device, 0.5, 1e9, 0.0)) == 100
+    assert shards_per_node(cfg, 100, Cluster(4, 4, device, 0.5, 1e9, 0.0, 0.0)) == 25
+    assert shards_per_node(cfg, 100, Cluster(3, 4, device, 0.5, 1e9, 0.0, 0.0)) == 100
 
 
 def test_the_page(vit: Callable[..., Config]) -> None:
     cfg = vit(train={"global_batch_size": 512})
-    text = plan(cfg, Cluster(2, 4, DEVICES["h100-80gb"], 0.4, 25e9, 2.0))
+    text = plan(cfg, Cluster(2, 4, DEVICES["h100-80gb"], 0.4, 25e9, 2e-5, 2.0))
     lines = text.splitlines()
     assert "20 steps of 512 samples" in lines[0]
     assert sum(line.startswith("ZeRO-") for line in lines) == 8
@@ -194,6 +206,8 @@ def test_the_page(vit: Callable[..., Config]) -> None:
     gpus = [line.split()[0] for line in lines if re.match(r"[\d,]+ ", line)]
     assert gpus[:10] == ["1", "2", "4", "8", "16", "32", "64", "128", "256", "512"]
     assert "512 samples cannot be dealt to 1,024, 2,048, 4,096 GPUs" in text
+    whole = parameters(cfg.model)
+    assert f"train.bucket_size={whole} (this config: 500000000)" in text
     assert lines[-1] == "28 of 28 shards are read by each node in an epoch"
 
 

@@ -194,7 +194,7 @@ def test_lamb(two_ranks: Callable, vit: Callable[..., Config]) -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_muon(two_ranks: Callable, vit: Callable[..., Config], stage: int) -> None:
-    """The blocks' matrices move by orthogonal steps, whatever the stage; all else as with AdamW."""
+    """The blocks' matrices move by orthogonal steps as large as AdamW's, whatever the stage; all else as with AdamW."""
     cfg = vit(optim={"name": "muon", "weight_decay": 0.0}, train={"zero_stage": stage, "clip_norm": 0.0})
     got = two_ranks(trained, cfg)[0]
     torch.manual_seed(0)
@@ -203,6 +203,7 @@ def test_muon(two_ranks: Callable, vit: Callable[..., Config], stage: int) -> No
     for name, before in model.named_parameters():
         step = got[0][1][name] - before.detach()
         if before.ndim == 2 and name.startswith("trunk.blocks"):
+            assert 0.14 < step.square().mean().sqrt() / 1e-2 < 0.24, name
             singular = torch.linalg.svdvals(step)
             singular = singular / singular.median()
             assert singular.max() < 2.0, name
@@ -210,6 +211,25 @@ def test_muon(two_ranks: Callable, vit: Callable[..., Config], stage: int) -> No
         elif not name.startswith("trunk"):
             assert (got[0][1][name] - adamw[0][1][name]).abs().max() < 1e-4, name
     assert got[-1][0] < got[0][0]
+
+
+def test_muon_takes_the_rate_and_the_decay_of_adamw(vit: Callable[..., Config]) -> None:
+    """What DeepSpeed multiplies an orthogonal update by counts in."""
+    from deepspeed.runtime.zero.muon.original_muon import _aspect_ratio_scale
+
+    train = {"zero_stage": 1, "clip_norm": 0.0}
+    cfg = vit(optim={"name": "muon", "weight_decay": 0.1, "layer_decay": 0.5}, train=train)
+    model = build_model(cfg.model)
+    level = {p: 0.5 ** (3 - index) for index, block in enumerate(model.trunk.blocks) for p in block.parameters()}
+    shapes = set()
+    for group in parameter_groups(model, cfg.optim):
+        for parameter in group["params"] if group["use_muon"] else ():
+            rows, columns = parameter.shape
+            shapes.add((rows, columns))
+            update = group["lr_scale"] * _aspect_ratio_scale(rows, columns)
+            assert update == pytest.approx(level[parameter] * 0.2 * max(rows, columns) ** 0.5)
+            assert group["lr_scale"] * group["weight_decay"] == pytest.approx(level[parameter] * 0.1)
+    assert shapes == {(48, 16), (16, 16), (64, 16), (16, 64)}
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -254,7 +274,8 @@ def ema_of_a_small_step(cfg: Config) -> float:
     ("sections", "message"),
     [
         ({"optim": {"name": "lamb"}, "train": {"zero_stage": 1}}, "optim.name = lamb"),
-        ({"optim": {"name": "muon"}}, "optim.name = muon"),
+        ({"optim": {"name": "muon"}}, "optim.name = muon: train.zero_stage must be"),
+        ({"optim": {"name": "muon"}, "train": {"zero_stage": 1}}, "train.clip_norm = 1.0: optim.name = muon takes 0"),
         ({"train": {"offload": "optimizer"}}, "train.offload = optimizer"),
         ({"train": {"offload": "parameters", "zero_stage": 2}}, "train.offload = parameters"),
         ({"train": {"compile": True, "zero_stage": 3}}, "train.compile = true"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -74,7 +75,7 @@ def measured(run: Path) -> list[dict]:
 
 
 def over(cluster: slurm.Slurm, job: str) -> bool:
-    return job not in cluster.run("squeue", "-h", "-o", "%A")
+    return job not in cluster.run("squeue", "-h", "-o", "%A").split()
 
 
 def test_a_chain_goes_past_a_failure_where_a_stage_asks_for_it(cluster: slurm.Slurm, tmp_path: Path) -> None:
@@ -99,6 +100,38 @@ def test_a_chain_goes_past_a_failure_where_a_stage_asks_for_it(cluster: slurm.Sl
     assert [path.name.partition("-")[0] for path in (tmp_path / "chain/done").iterdir()] == ["even"]
     left = launch(cluster, "chain.py", "--config", tmp_path / "chain.toml", "--dry-run").stdout
     assert left.count("to do") == 3
+
+
+def test_a_tool_whose_time_is_up_is_queued_again(cluster: slurm.Slurm, tmp_path: Path, digits: Path) -> None:
+    """At the signal that comes before the limit; the tool is then at work a second time, and done."""
+    names, shards = tmp_path / "names", tmp_path / "shards"
+    os.mkfifo(names)  # the tool stands still where it reads the classes
+    shutil.copytree(digits / "train", shards, ignore=shutil.ignore_patterns("index.json"))
+    (tmp_path / "chain.toml").write_text(
+        f'name = "chain"\ndir = "{tmp_path}"\n[[stage]]\nname = "index"\ntool = "index_shards"\n'
+        f'arguments = ["{shards}", "--classes", "{names}", "--workers", "1"]\n'
+    )
+    submitted = launch(cluster, "chain.py", "--config", tmp_path / "chain.toml", "--time", "0:05")
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.split()[-1]
+
+    def is_read() -> bool:
+        try:
+            writers.append(os.open(names, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:  # by nobody
+            return False
+        return True
+
+    writers: list[int] = []
+    until(is_read, "the tool does not begin")
+    names.unlink()
+    names.write_text("\n".join(map(str, range(10))))  # for the second time
+    cluster.run("scancel", "--signal=USR2", job)
+    until(lambda: over(cluster, job), "the job has no end")
+    os.close(writers[0])
+    assert "JobState=COMPLETED" in (said := cluster.run("scontrol", "show", "job", job)) and "Restarts=1" in said
+    assert (shards / "index.json").exists()
+    assert len(list((tmp_path / "chain/done").glob("index-*"))) == 1
 
 
 def test_a_study_is_an_array_and_a_report_after_it(cluster: slurm.Slurm, tmp_path: Path) -> None:

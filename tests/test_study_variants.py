@@ -8,16 +8,16 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import test_studies
+import studied
 import torch
 from ranks import Ranks
+from studied import read_out, written
 from test_pretrain import run
-from test_studies import read_out, written
 
 from acn_scale import checkpoint, pretrain
-from acn_scale.config import Config
+from acn_scale.config import OF_SUBLAYERS, Config
 from acn_scale.data.image_noise import PAPER
-from acn_scale.depth import cutoff
+from acn_scale.depth import cost, cutoff
 from acn_scale.downstream.noise_table import PUBLISHED
 from acn_scale.engine import Step
 from acn_scale.errors import UserError
@@ -56,18 +56,36 @@ def rows(found: Findings) -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", ["connectivity", "gradients", "noise"])
 @pytest.mark.parametrize("scale", ["laptop", "paper"])
 def test_variants_differ_in_the_connectivity_alone(tmp_path: Path, name: str, scale: str) -> None:
-    """Stochastic depth in drop_path; the paper trains an ACN longer than its twin."""
+    """Stochastic depth in drop_path; the paper trains an ACN longer than its twin, and its dense Mixer is another."""
     here = setting(tmp_path, scale)
     configs = {trial.name: trial.config_of(0, here, []) for trial in STUDIES[name].trials(here)}
-    seen = {
-        replaced(cfg, "model", connectivity="acn", drop_path=0.0).model_dump_json(exclude={"run"})
-        for cfg in configs.values()
-    }
+    same = {"connectivity": "acn", "drop_path": 0.0}
+    if table_5 := (name, scale) == ("connectivity", "paper"):
+        same |= {"wrapper": True, "inner": "auto", "depth": 16}
+    seen = {replaced(cfg, "model", **same).model_dump_json(exclude={"run"}) for cfg in configs.values()}
     assert len(seen) == (2 if (name, scale) == ("noise", "paper") else 1)
     assert len({(cfg.model.connectivity, cfg.model.drop_path) for cfg in configs.values()}) == len(configs)
     for trial, cfg in configs.items():
         assert cfg.model.connectivity == (trial if trial != "stochastic_depth" else "residual")
-    assert len(configs) == {"connectivity": 13, "gradients": 4, "noise": 2}[name]
+    assert len(configs) == {"connectivity": 13 - table_5, "gradients": 4, "noise": 2}[name]
+
+
+def test_the_networks_of_table_5(tmp_path: Path) -> None:
+    """The authors' Mixers, as far as a pattern leaves their wrapper its place, and their DenseNet of ten blocks."""
+    here = setting(tmp_path, "paper")
+    configs = {trial.name: trial.config_of(0, here, []) for trial in STUDIES["connectivity"].trials(here)}
+    assert {name for name, cfg in configs.items() if not cfg.model.wrapper} == {*OF_SUBLAYERS} - {"value_residual"}
+    for name, parameters in (("acn", 2_527_002), ("residual", 2_527_002), ("dense", 2_483_476 + 10 * 128 * 128)):
+        cfg = configs[name]  # ours mixes the output too: each of ten matrices takes in one block more
+        assert (cfg.train.length, cost(cfg.model, cfg.model.depth).parameters) == ("700ep", parameters)
+
+
+def test_the_gradients_of_figure_2_are_of_mixers(tmp_path: Path) -> None:
+    """Without the authors' block, in which a residual network has no direct part."""
+    here = setting(tmp_path, "paper")
+    for trial in STUDIES["gradients"].trials(here):
+        cfg = trial.config_of(0, here, [])
+        assert (cfg.model.name, cfg.model.depth, cfg.model.wrapper, cfg.train.length) == ("mixer", 16, False, "100ep")
 
 
 def test_what_the_connectivity_study_says(runs: dict[str, Runs], tmp_path: Path) -> None:
@@ -87,7 +105,7 @@ def test_what_the_connectivity_study_says(runs: dict[str, Runs], tmp_path: Path)
 
 def test_the_cutoff_of_a_network_that_learned_little_says_little(tmp_path: Path) -> None:
     """Little beside the best, of what is above chance, a tenth."""
-    here = test_studies.setting(tmp_path, 0)
+    here = studied.setting(tmp_path, 0)
     curves = {"feedforward": [0.1, 0.1, 0.1, 0.1], "acn": [0.1, 0.7, 0.9, 0.9], "residual": [0.1, 0.2, 0.5, 0.92]}
     curves |= {"highway": [0.1, 0.2, 0.4, 0.49], "rezero": [0.1, 0.2, 0.4, 0.52]}
     said = connectivity.sentences({name: written(here, name, read_out(curve)) for name, curve in curves.items()})
@@ -127,7 +145,7 @@ def test_what_the_gradient_study_says(runs: dict[str, Runs], tmp_path: Path) -> 
     assert table["acn paths back to the block"] == ["3", "2", "1"]
     assert table["residual paths back to the block"] == ["4", "2", "1"]
     assert "after clipping; these are of whole blocks of a small ViT, and before clipping." in found.sentences[-1]
-    first = [gradients.direct_shares(runs[name])[20][0, 0] for name in runs]
+    first = [gradients.direct_shares(runs[name])[0.5][0, 0] for name in runs]
     assert first[0] != first[1]
 
 
@@ -143,22 +161,26 @@ def run_stopped(cfg: Config, step: int) -> None:
         run(cfg)
 
 
-def test_checkpoints_of_stops_are_not_measured(one_rank: Ranks, vit: Callable[..., Config], tmp_path: Path) -> None:
-    """What is kept and measured is after each quarter, wherever a run was stopped."""
-    study = STUDIES["gradients"].trials(setting(tmp_path))[0]
+@pytest.mark.parametrize(("scale", "measured"), [("laptop", [5, 10, 15, 21]), ("paper", [7, 12, 16, 21])])
+def test_what_is_measured_is_after_each_quarter(
+    one_rank: Ranks, vit: Callable[..., Config], tmp_path: Path, scale: str, measured: list[int]
+) -> None:
+    """The first checkpoint from there on, were it of a stop. The paper's run keeps its own time between two of them."""
+    study = STUDIES["gradients"].trials(setting(tmp_path, scale))[0]
     keys = dict(each.removeprefix("checkpoint.").split("=") for each in study.overrides if "checkpoint." in each)
-    cfg = vit(train={"length": "21step"}, checkpoint=keys)
+    cfg = vit(train={"length": "21step"}, checkpoint={"every": "4step"} | keys)
     for step in (3, 7, 18):
         one_rank(run_stopped, cfg, step)
         assert checkpoint.complete(run_folder(cfg))[-1].name == f"step_{step:08d}"
     one_rank(run, cfg)
     gradients.measure(cfg)
-    assert [each["step"] for each in read_json(run_folder(cfg) / gradients.SPLITS)] == [5, 10, 15, 21]
+    splits = read_json(run_folder(cfg) / gradients.SPLITS)
+    assert [(each["share"], each["step"]) for each in splits] == [*zip((0.25, 0.5, 0.75, 1.0), measured, strict=True)]
 
 
 def test_steps_that_a_seed_lacks_are_left_out(tmp_path: Path) -> None:
     """A bad step has no gradient norms, and where a save failed nothing was measured."""
-    here = test_studies.setting(tmp_path, 0, 1)
+    here = studied.setting(tmp_path, 0, 1)
 
     def line(step: int) -> dict[str, float]:
         return {"step": step} | {f"grad_norm/block_{block:02d}": 100.0 * step + block for block in range(1, 13)}
@@ -168,11 +190,11 @@ def test_steps_that_a_seed_lacks_are_left_out(tmp_path: Path) -> None:
     runs = written(here, "acn", [line(1), bad, line(3), line(4)], [line(1), line(2), line(3), half_bad])
     found = gradients.norms(runs)
     assert found.shape == (12, 2) and found[4].tolist() == [105.0, 305.0]
-    for cfg, steps in zip(runs.configs, ((1, 3, 4), (1, 2, 4)), strict=True):
-        splits = [{"step": step, "parts": {"block_01": {"direct": step, "full": 4}}} for step in steps]
+    for cfg, parts in zip(runs.configs, ((1, 3, 4), (1, 2, 4)), strict=True):
+        splits = [{"share": part / 4, "parts": {"block_01": {"direct": part, "full": 4}}} for part in parts]
         write_json(run_folder(cfg) / gradients.SPLITS, splits)
-    shares = {step: part.tolist() for step, part in gradients.direct_shares(runs).items()}
-    assert shares == {1: [[0.25], [0.25]], 4: [[1.0], [1.0]]}
+    shares = {share: part.tolist() for share, part in gradients.direct_shares(runs).items()}
+    assert shares == {0.25: [[0.25], [0.25]], 1.0: [[1.0], [1.0]]}
 
 
 @pytest.mark.parametrize("depth", [2, 12])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_studies import note, setting, study
+from studied import note, setting, study
 
 from acn_scale import distributed
 from acn_scale.config import Config

@@ -106,7 +106,8 @@ def test_means_are_not_measured_again(tmp_path: Path) -> None:
     for into in ("run0", "run9"):
         assert results_table([folder], into=folder / into) == results_table([folder]) == before
         found = read_measurements(folder / into, means=True)
-        assert [each.mean_of for each in found if "mean" in (each.note or "")] == [3]
+        (mean,) = [each for each in found if each.mean_of]
+        assert (mean.mean_of, mean.note) == (3, "acn: mean of 3 seeds; 80.00 at its cut-off, 1 of 2")
 
 
 def test_networks_of_several_depths_have_a_mean_and_no_cut_off(tmp_path: Path) -> None:
@@ -166,6 +167,66 @@ def test_what_does_not_change_a_run_is_no_setting(vit: Callable[..., Config], tm
         write(run_of(tmp_path / "acn", vit(), run={"seed": seed}, train=train), "rte", [0.1, value], seed=seed)
     (row,) = rows_of(tmp_path / "acn")
     assert (row["seeds"], float(row["mean"]), row["settings"]) == ("3", pytest.approx(54), "")
+
+
+def test_files_for_the_server_are_those_of_the_best_runs(tmp_path: Path) -> None:
+    """Of each task; one that the server would refuse is named with its line."""
+    for seed, value in enumerate((0.5, 0.7, 0.6)):
+        for task in ("rte", "mnli", "stsb"):
+            write(tmp_path / f"x/{task}/{seed}", task, [0.1, value], seed=seed, metric="accuracy")
+        rows = {"rte/{}/RTE": "not_entailment", "stsb/{}/STS-B": f"{seed}.125"}
+        rows |= {f"mnli/{{}}/{name}": "neutral" for name in ("MNLI-m", "MNLI-mm", "AX")}
+        for place, said in rows.items():
+            path = (tmp_path / "x" / place.format(seed)).with_suffix(".tsv")
+            path = path.parent / "submission" / path.name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"index\tprediction\n0\t{said}\n1\t{said}\n")
+    predictions = tmp_path / "x/stsb/1/eval/predictions/stsb_test.tsv"
+    predictions.parent.mkdir()
+    predictions.write_text("sample\tprediction\n0\t1.0\n1\t1.0\n")
+    text = results_table([tmp_path / "x"], submission=tmp_path / "out")
+    lacking = "CoLA.tsv, SST-2.tsv, MRPC.tsv, QQP.tsv, QNLI.tsv, WNLI.tsv"
+    assert f"{tmp_path}/out: 5 files for the GLUE server, which wants all: lacking {lacking}." in text
+    names = ["AX", "MNLI-m", "MNLI-mm", "RTE", "STS-B"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{name}.tsv" for name in names]
+    assert "1.125" in (tmp_path / "out/STS-B.tsv").read_text()
+    for file, content, message in (
+        (
+            "stsb/1/submission/STS-B.tsv",
+            "index\tprediction\n0\t5.5\n",
+            "STS-B.tsv:2: prediction '5.5': must be a num",
+        ),
+        ("rte/1/submission/RTE.tsv", "index\tprediction\n1\tentailment\n", "RTE.tsv:2: index '1': must be 0, the rows"),
+        ("rte/1/submission/RTE.tsv", "", r"RTE.tsv:1: \[\]: must be \['index', 'prediction'\]"),
+        ("stsb/1/submission/STS-B.tsv", "index\tprediction\n0\t5.0\n", "STS-B.tsv: 1 predictions, must be 2, as "),
+        ("rte/1/submission/RTE.tsv", "index\tlabel\n", r"RTE.tsv:1: .*: must be \['index', 'prediction'\]"),
+        (
+            "mnli/1/submission/AX.tsv",
+            "index\tprediction\n0\tno\n",
+            "AX.tsv:2: prediction 'no': must be entailment",
+        ),
+    ):
+        whole = (tmp_path / "x" / file).read_text()
+        (tmp_path / "x" / file).write_text(content)
+        with pytest.raises(UserError, match=message):
+            results_table([tmp_path / "x"], submission=tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()
+        (tmp_path / "x" / file).write_text(whole)
+
+
+def test_published_rows_stand_beside_ours(tmp_path: Path) -> None:
+    """After the last network of a task that the paper has."""
+    for name in ("acn", "twin"):
+        for task in ("rte", "sst2"):
+            write(tmp_path / name / task, task, [0.5, 0.8])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+            for line in results_table([tmp_path / "acn", tmp_path / "twin"]).splitlines() if "|" in line]  # fmt: skip
+    assert {len(row) for row in rows} == {11}
+    names = [(row[0], row[1]) for row in rows[2:]]
+    ours = [(task, name) for task in ("rte", "sst2") for name in ("acn", "twin")]
+    assert names == [*ours, ("sst2", "Res-BERT, published"), ("sst2", "AC-BERT, published")]
+    residual, acn = rows[-2:]
+    assert (residual[4], acn[4], acn[7:9]) == ("86.63 ± 0.09", "", ["3 of 12", "86.68 ± 0.06"])
 
 
 def test_noise_table(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ python tools/convert_checkpoint.py runs/quickstart/ac_vit --to hf --tolerance 0.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from acn_scale.cli import exit_on_user_error, points
@@ -11,7 +12,7 @@ from acn_scale.convert import TARGETS, convert
 from acn_scale.convert.network import DTYPES
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("source", help="a run (its newest checkpoint), a checkpoint runs/NAME/checkpoints/step_N, an export, "
@@ -26,7 +27,11 @@ def main() -> None:
     add("--out", type=Path, required=True, help="folder to write, new or empty")
     add("--replace", action="store_true", help="take the place of what an earlier conversion wrote to --out; a folder "
         "that holds anything else stays as it is")  # fmt: skip
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
     print(
         convert(
             args.source,

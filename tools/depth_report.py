@@ -5,12 +5,13 @@ python tools/depth_report.py exports/ac_vit --data data/digits/eval
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from acn_scale.cli import exit_on_user_error, points
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("source", nargs="+", type=Path, help="folders of runs (their newest checkpoint), of checkpoints or of exports")
@@ -19,7 +20,11 @@ def main() -> None:
         "tables may lose; the page has 0.1, 0.5 and 1.0 too (default: 0.5)")  # fmt: skip
     add("--out", type=Path, metavar="DIR", help="folder for report.html, depth.json and depth_curve.png (default: "
         "report/ in the first source)")  # fmt: skip
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
 
     from acn_scale.report import depth_report
 

@@ -6,12 +6,13 @@ Draws accuracy over FLOPs for all thresholds into RUN/report/early_exit.png.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from acn_scale.cli import exit_on_user_error, share
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", type=Path, help="folder of a run of a classifier, such as runs/quickstart/ac_vit")
@@ -21,7 +22,11 @@ def main() -> None:
     add("--criterion", choices=("entropy", "confidence"), default="entropy", help="entropy, as a share of its largest "
         "value, or the likeliest class's probability (default: entropy)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write all numbers to a file")
-    args = parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(arguments)
+
+
+def main() -> None:
+    args = parse()
 
     from acn_scale.evaluation import evaluate_run
 

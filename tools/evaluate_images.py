@@ -5,10 +5,12 @@
 
 Images are prepared as the source has it, for timm: and hf: as timm and Transformers do. Results go to eval/ in the
 source's folder, or in --out: <data>.json, <data>+<noise>.json, <data>_<knn or probe>.json, predictions/, per_class/ and
-throughput/. The numbers are the same on any number of ranks.
+throughput/; corruptions/, after which --corruptions goes on where it was stopped. The numbers are the same on any
+number of ranks.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from acn_scale.cli import exit_on_user_error, not_negative, points, positive
@@ -19,7 +21,7 @@ of the normalisation's deviation, about a quarter as strong on ImageNet, and sal
 does not say which it has; that sigma 0.1 costs it 1 to 3 points speaks for the second"""
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("source", help="a run, a checkpoint, an export, timm:NAME_OR_FILE or hf:FOLDER")
@@ -41,7 +43,11 @@ def main() -> None:
     add("--batch-size", type=positive, metavar="N", help="images of a pass on a rank (default: the run's, or 256)")
     add("--workers", type=not_negative, metavar="N", help="loader processes of each rank (default: the run's, or none)")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # a launcher's own
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
 
     from acn_scale import distributed
     from acn_scale.data.classes import read_classes

@@ -2,17 +2,22 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from acn_scale.cli import exit_on_user_error, positive
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="folder of .tar files whose samples have an image and a .cls")
     parser.add_argument("--classes", type=Path, help="file that names the classes in their order (default: numbers)")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes (default: one a core)")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
 
     from acn_scale.data.classes import read_classes
     from acn_scale.data.make_images import index_shards

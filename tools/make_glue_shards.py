@@ -4,6 +4,7 @@ python tools/make_glue_shards.py --source tsv:glue_data --out data/glue
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from acn_scale.cli import exit_on_user_error
@@ -14,16 +15,20 @@ SOURCES = """sources:
   hf:[NAME]       a data set of the Hugging Face hub whose configs are the tasks (nyu-mll/glue), or a local folder"""
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=SOURCES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--source", required=True, help="where the tasks come from: see below")
-    add("--tasks", nargs="+", choices=TASKS, default=[name for name in TASKS if name != "ax"], metavar="TASK",
-        help=f"some of {', '.join(TASKS)} (default: all but ax, the diagnostic set)")  # fmt: skip
+    add("--tasks", nargs="+", choices=TASKS, metavar="TASK",
+        help=f"some of {', '.join(TASKS)} (default: all; ax, the diagnostic set, where the source has it)")  # fmt: skip
     add("--out", required=True, type=Path, help="folder to write to")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
 
     from acn_scale.data.make_glue import make_glue_shards
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from acn_scale.cli import exit_on_user_error, positive
@@ -15,7 +16,7 @@ SOURCES = """sources:
   digits          scikit-learn's scanned digits"""
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=SOURCES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,7 +37,11 @@ def main() -> None:
     parser.add_argument("--per-class", type=positive, metavar="N", help="only N images of each class, drawn once")
     parser.add_argument("--streaming", action="store_true", help="hf: read from the hub without a copy on disk")
     parser.add_argument("--dry-run", action="store_true", help="look at the source and say what would be written")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
 
     from acn_scale.data.classes import read_classes
     from acn_scale.data.make_images import describe_images, make_image_shards

@@ -6,19 +6,24 @@ after tools/evaluate_images.py SOURCE --noise paper for each of them.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from acn_scale.cli import exit_on_user_error, points
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "folders", type=Path, nargs="+", metavar="FOLDER", help="runs, exports, or --out of evaluations"
     )
     parser.add_argument("--tolerance", type=points, default=0.5, metavar="POINTS", help="what the cut-off may lose "
                         "(default: 0.5)")  # fmt: skip
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
 
     from acn_scale.downstream.noise_table import noise_table
 

@@ -9,12 +9,13 @@ together.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from acn_scale.cli import exit_on_user_error, length, points, share
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("source", nargs="+", type=Path, help="folders of runs (their newest checkpoint), of checkpoints or, for "
@@ -41,7 +42,11 @@ def main() -> None:
         metavar="DIR",
         help="new folder for the networks at the highest sparsity, in our own form",
     )
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
 
     from acn_scale.sparsity import Movement, prune_networks
 

@@ -1,9 +1,12 @@
 """Train a SentencePiece tokenizer with [PAD] [UNK] [CLS] [SEP] [MASK] on a sample of the training documents."""
 
+import argparse
+from collections.abc import Sequence
+
 from acn_scale.cli import exit_on_user_error, positive, share, text_parser
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = text_parser(__doc__)
     add = parser.add_argument
     add("--vocab-size", type=positive, default=32768, help="pieces, the special ones included (default: 32768)")
@@ -13,7 +16,11 @@ def main() -> None:
         "character, 5 GB for 200")  # fmt: skip
     add("--character-coverage", type=share, default=0.9995, help="share of the text's characters that get a piece of "
         "their own, the rarest ones become [UNK]; default: 0.9995")  # fmt: skip
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
 
     from acn_scale.data.make_text import EVAL_SHARE, describe_text, train_source_tokenizer
     from acn_scale.data.text_sources import TextSources

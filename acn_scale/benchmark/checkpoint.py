@@ -13,26 +13,25 @@ from acn_scale.benchmark import work
 from acn_scale.benchmark.loop import our_trainer
 from acn_scale.benchmark.model import describe
 from acn_scale.benchmark.rows import Row
-from acn_scale.benchmark.sides import Measure, seconds_beside
+from acn_scale.benchmark.sides import Measure, Side, beside
 from acn_scale.benchmark.startup import startup
-from acn_scale.benchmark.trainer import build_trainer, hide_deepspeed
+from acn_scale.benchmark.trainer import TRAINER, build_trainer, hide_deepspeed
 from acn_scale.config import Config
 from acn_scale.saving import Checkpoints
 
 BATCH = 4  # a checkpoint does not depend on it
 
 
-def checkpoint_rows(text: Path | None, rounds: int, scale: work.Scale) -> list[Row]:
+def checkpoint_rows(text: Path | None, rounds: int, scale: work.Scale) -> Iterator[Row]:
     """Seconds. `text` is as for model_rows."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = text or work.pydoc_shards(folder / "text", scale.bert.max_tokens)
         peer = work.write_peer("hf", scale.bert, folder / "peer", shards)
         cfg = work.config(scale.bert, shards, folder, replace(scale, compile=False), batch=BATCH)
-        sides = {"ours": (our_stall, cfg), "theirs": (trainer_stall, cfg, peer, folder / "trainer")}
-        work_of = f"training waits for a checkpoint of {describe(scale.bert)}"
-        stall = seconds_beside(work_of, "Transformers Trainer", sides, rounds)
-    return [stall, startup(rounds, resumed=True)]
+        sides = {"ours": Side(our_stall, cfg), TRAINER: Side(trainer_stall, cfg, peer, folder / "trainer")}
+        yield from beside(f"training waits for a checkpoint of {describe(scale.bert)}", sides, rounds)
+    yield startup(rounds, resumed=True)
 
 
 @contextmanager

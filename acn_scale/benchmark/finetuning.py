@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from acn_scale.benchmark import work
 from acn_scale.benchmark.loop import our_loop
 from acn_scale.benchmark.model import describe
 from acn_scale.benchmark.rows import Row
-from acn_scale.benchmark.sides import seconds_beside
-from acn_scale.benchmark.trainer import trainer_loop
+from acn_scale.benchmark.sides import Side, beside
+from acn_scale.benchmark.trainer import TRAINER, trainer_loop
 from acn_scale.data import glue_sources
 from acn_scale.data.make_glue import write_split
 from acn_scale.data.tasks import TASKS
@@ -23,10 +23,11 @@ SENTENCES = 1024  # of an epoch: as many seconds on one core as two sides of a r
 BATCH = 32
 
 
-def finetuning(text: Path | None, glue: Path | None, rounds: int, scale: work.Scale) -> Row:
-    """Seconds of a step, over a whole epoch. Both pad a batch to its longest sentence; ours also puts those of like
-    length together. `text` is as for model_rows; of `glue`, official TSV files, the first sentences of SST-2 are taken,
-    without it some of pydoc's. Raises UserError.
+def finetuning(text: Path | None, glue: Path | None, rounds: int, scale: work.Scale) -> Iterator[Row]:
+    """Seconds of a step, over a whole epoch. Both put sentences of like length into a batch and pad it to its longest.
+
+    `text` is as for model_rows; of `glue`, official TSV files, the first sentences of SST-2 are taken, without it some
+    of pydoc's. Raises UserError.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -38,11 +39,11 @@ def finetuning(text: Path | None, glue: Path | None, rounds: int, scale: work.Sc
         steps = len(rows) // BATCH + 1  # the first one is not timed
         here = replace(scale, compile=False)  # batches are of many lengths
         cfg = work.config(scale.encoder, folder, folder, here, batch=BATCH, steps=steps, tokenizer=str(peer))
-        sides = {"ours": (our_loop, cfg), "theirs": (trainer_loop, cfg, peer, folder / "trainer")}
+        sides = {"ours": Side(our_loop, cfg), TRAINER: Side(trainer_loop, cfg, peer, folder / "trainer")}
         work_of = (
             f"fine-tuning on {'SST-2' if glue else 'sentences'}, an epoch of {len(rows):,}, {describe(scale.encoder)}"
         )
-        return seconds_beside(f"{work_of} batch {BATCH}", "Transformers Trainer", sides, rounds)
+        yield from beside(f"{work_of} batch {BATCH}", sides, rounds)
 
 
 def official_sentences(folder: Path) -> Sequence[glue_sources.Row]:

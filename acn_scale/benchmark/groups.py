@@ -33,10 +33,16 @@ class Inputs:
     runs: tuple[Path, Path]  # of an ACN and its twin
     mosaicml: Path | None  # a Python that has mosaicml-streaming, which takes older packages than ours
     compile: bool  # the blocks of both sides, where a step's shapes are always the same (model, loop)
+    ranks: int  # of each side of model
 
 
-def measure(groups: Sequence[str], inputs: Inputs, rounds: int, threads: int | None) -> Iterator[list[Row]]:
-    """The rows of one group after another. Raises UserError, before the first, for a peer or a run that is missing."""
+def measure(
+    groups: Sequence[str], inputs: Inputs, rounds: int, threads: int | None
+) -> Iterator[tuple[list[Row], UserError | None]]:
+    """The rows of one group after another, each with what kept that group from more.
+
+    Raises UserError, before the first, for a peer or a run that is missing, and for more ranks than there are GPUs.
+    """
     if threads:
         torch.set_num_threads(threads)
     for group in groups:
@@ -52,8 +58,16 @@ def measure(groups: Sequence[str], inputs: Inputs, rounds: int, threads: int | N
             if not run.is_dir():
                 raise UserError(f"{run}: no such run; make quickstart trains both, --runs names others")
             read_config(run)
+    if (gpus := torch.cuda.device_count()) and inputs.ranks > gpus:
+        raise UserError(f"--ranks {inputs.ranks}: each takes a GPU, and there are {gpus}")
     for group in groups:
-        yield _rows(group, inputs, rounds)
+        rows, mistake = [], None
+        try:
+            for each in _rows(group, inputs, rounds):
+                rows.append(each)
+        except UserError as error:
+            mistake = error
+        yield rows, mistake
 
 
 def _check_mosaicml(python: Path) -> None:
@@ -65,35 +79,34 @@ def _check_mosaicml(python: Path) -> None:
         raise UserError(f"--mosaicml {python}: cannot import streaming; pip install mosaicml-streaming for it")
 
 
-def _rows(group: str, inputs: Inputs, rounds: int) -> list[Row]:
+def _rows(group: str, inputs: Inputs, rounds: int) -> Iterator[Row]:
     """Imports what the group needs, and no more."""
 
     def here() -> Scale:
-        return scale(local_device(), compiled=inputs.compile)
+        return scale(local_device(), compiled=inputs.compile, ranks=inputs.ranks)
 
     match group:
         case "data":
             from acn_scale.benchmark.data import data_rows
 
-            threads = torch.get_num_threads()
-            rows = data_rows(inputs.images, inputs.mosaicml, rounds)
-            torch.set_num_threads(threads)
-            return rows
+            yield from data_rows(inputs.images, inputs.mosaicml, rounds)
         case "inference":
             from acn_scale.benchmark.inference import inference_rows
 
-            return inference_rows(*inputs.runs, rounds)
+            yield from inference_rows(*inputs.runs, rounds)
         case "model":
             from acn_scale.benchmark.model import model_rows
 
-            return model_rows(inputs.text, rounds, here())
+            yield from model_rows(inputs.text, rounds, here())
         case "loop":
             from acn_scale.benchmark.finetuning import finetuning
             from acn_scale.benchmark.loop import loop_rows
 
-            return [*loop_rows(inputs.text, rounds, here()), finetuning(inputs.text, inputs.glue, rounds, here())]
+            yield from loop_rows(inputs.text, rounds, here())
+            yield from finetuning(inputs.text, inputs.glue, rounds, here())
         case "checkpoint":
             from acn_scale.benchmark.checkpoint import checkpoint_rows
 
-            return checkpoint_rows(inputs.text, rounds, here())
-    raise AssertionError(group)
+            yield from checkpoint_rows(inputs.text, rounds, here())
+        case _:
+            raise AssertionError(group)

@@ -1,15 +1,17 @@
 """A trained ACN, cut where it is as good as its residual twin, beside the twin; the cost of reading out every depth."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from acn_scale.benchmark import work
-from acn_scale.benchmark.rows import Row, in_turns, row
+from acn_scale.benchmark.rows import Row
+from acn_scale.benchmark.sides import Measure, Side, beside
 from acn_scale.convert import read_model
-from acn_scale.convert.network import Network
 from acn_scale.data import build_evaluation
 from acn_scale.depth import cutoff
 from acn_scale.distributed import local_device
@@ -22,77 +24,89 @@ PASSES = 5  # of a turn, over the evaluation set
 TOLERANCE = 0.5  # points of accuracy that count as equal, as in the cut-off
 
 
-@torch.inference_mode()
-def inference_rows(acn: Path, twin: Path, rounds: int) -> list[Row]:
+def inference_rows(acn: Path, twin: Path, rounds: int) -> Iterator[Row]:
     """Seconds of a pass over the evaluation set, of two runs of a classifier on the same data.
 
-    Raises UserError for a folder that is no run, and for an ACN that is at no depth as good as its twin.
+    The ACN is cut where it is as good as its twin. Where that is at no depth it is whole, and the rows say that it is
+    worse. Raises UserError for a folder that is no run, and for one that has not been evaluated.
     """
-    nets = [read_model(path) for path in (acn, twin)]
-    for path, net in zip((acn, twin), nets, strict=True):
-        if net.card.accuracy is None:
-            raise UserError(f"{path}: has not been evaluated yet")
-    device = local_device()
-    for net in nets:
-        net.model.to(device)
-    batches = _batches(acn, device)
-    lowest = nets[1].card.accuracy[-1] - TOLERANCE / 100 - 1e-9
-    depth = next((depth for depth, value in enumerate(nets[0].card.accuracy) if value >= lowest), None)
-    if depth is None:
-        raise UserError(f"{acn}: at no depth within {TOLERANCE} points of {twin}")
-    cut = _Cut(nets[0], depth)
-    peers = [_Cut(nets[1], depth) for depth in (nets[1].card.model.depth, cutoff(nets[1].card.accuracy, TOLERANCE))]
-    return [*_cuts(cut, peers, batches, rounds), *_every_depth(nets[0], batches, rounds)]
+    accuracies = [_accuracy(path) for path in (acn, twin)]
+    ours, theirs = accuracies
+    lowest = theirs[-1] - TOLERANCE / 100 - 1e-9
+    depth = next((depth for depth, value in enumerate(ours) if value >= lowest), None)
+    at = "at equal accuracy" if depth is not None else f"more than {TOLERANCE} points below the twin"
+    depth = len(ours) - 1 if depth is None else depth
+    sides = {"ours": Side(at_a_depth, acn, acn, depth)}
+    for name, cut in (("twin", len(theirs) - 1), ("twin at its own cut-off", cutoff(theirs, TOLERANCE))):
+        sides[f"{name}: {_cut(theirs, cut)}"] = Side(at_a_depth, acn, twin, cut)
+    yield from beside(f"inference {at}: {_cut(ours, depth)}", sides, rounds)
+    sides = {"ours": Side(at_every_depth, acn), f"{len(ours)} evaluations": Side(one_by_one, acn)}
+    sides["one evaluation"] = Side(at_full_depth, acn)
+    yield from beside(f"evaluation at all of {len(ours)} depths", sides, rounds)
 
 
-class _Cut:
-    """A network cut at a depth, and what it is called."""
-
-    def __init__(self, net: Network, depth: int) -> None:
-        self.model = cut_copy(net.model, depth)
-        self.name = f"{depth} of {net.card.model.depth} blocks, {100 * net.card.accuracy[depth]:.1f} %"
-
-
-def _cuts(cut: _Cut, peers: list[_Cut], batches: list[dict[str, Any]], rounds: int) -> list[Row]:
-    whole, at_its_cutoff = peers
-    contenders = {
-        "ACN": cut,
-        f"twin: {whole.name}": whole,
-        f"twin at its own cut-off: {at_its_cutoff.name}": at_its_cutoff,
-    }
-    figures = in_turns({name: _pass(each.model, batches) for name, each in contenders.items()}, rounds)
-    ours, at = figures.pop("ACN"), f"inference at equal accuracy: {cut.name}"
-    return [row(at, name, "s", ours, seconds, more_is_better=False) for name, seconds in figures.items()]
+def _accuracy(run: Path) -> list[float]:
+    accuracy = read_model(run).card.accuracy
+    if accuracy is None:
+        raise UserError(f"{run}: has not been evaluated yet")
+    return accuracy
 
 
-def _every_depth(net: Network, batches: list[dict[str, Any]], rounds: int) -> list[Row]:
-    model, depth = net.model, net.card.model.depth
-    cuts = [cut_copy(model, each) for each in range(depth + 1)]
+def _cut(accuracy: list[float], depth: int) -> str:
+    return f"{depth} of {len(accuracy) - 1} blocks, {100 * accuracy[depth]:.1f} %"
 
-    def at_every_depth(**batch: Any) -> None:
+
+@contextmanager
+def at_a_depth(data: Path, run: Path, depth: int) -> Iterator[Measure]:
+    """Seconds of a pass of the run's network, cut there, over the evaluation set of the run `data`."""
+    model = _model(run)
+    model.trunk.truncate(depth)
+    yield _passes(data, model)
+
+
+@contextmanager
+def at_every_depth(run: Path) -> Iterator[Measure]:
+    model = _model(run)
+
+    def scores(**batch: Any) -> None:
         for logits in model.readouts(**batch):
             model.score(logits, **batch)
 
-    def one_by_one(**batch: Any) -> None:
-        for each in cuts:
-            inputs = {name: values for name, values in batch.items() if name != "labels"}
-            each.score(each(**inputs)["logits"], **batch)
-
-    runs = {"ours": at_every_depth, f"{depth + 1} evaluations": one_by_one, "one evaluation": cuts[-1]}
-    figures = in_turns({name: _pass(run, batches) for name, run in runs.items()}, rounds)
-    what = f"evaluation at all of {depth + 1} depths"
-    return [row(what, peer, "s", figures["ours"], figures[peer], more_is_better=False) for peer in list(figures)[1:]]
+    yield _passes(run, scores)
 
 
-def _batches(run: Path, device: torch.device) -> list[dict[str, Any]]:
-    """The run's evaluation set."""
-    parts = []
+@contextmanager
+def one_by_one(run: Path) -> Iterator[Measure]:
+    """All of the depths, each by an evaluation of its own."""
+    model = _model(run)
+    cuts = [cut_copy(model, depth) for depth in range(len(model.trunk.blocks) + 1)]
+    yield _passes(run, lambda **batch: [_evaluate(cut, batch) for cut in cuts])
+
+
+@contextmanager
+def at_full_depth(run: Path) -> Iterator[Measure]:
+    model = _model(run)
+    yield _passes(run, lambda **batch: _evaluate(model, batch))
+
+
+def _evaluate(model: nn.Module, batch: dict[str, Any]) -> None:
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    model.score(model(**inputs)["logits"], **batch)
+
+
+def _model(run: Path) -> nn.Module:
+    return read_model(run).model.to(local_device())
+
+
+def _passes(run: Path, each: Callable[..., Any]) -> Measure:
+    """Seconds of a pass over the run's evaluation set."""
+    batches = []
     for batch, counts in build_evaluation(read_config(run)):
-        split = {name: values[counts].to(device).split(BATCH) for name, values in batch.items()}
-        parts += [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
-    return parts
+        split = {name: values[counts].to(local_device()).split(BATCH) for name, values in batch.items()}
+        batches += [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
 
+    @torch.inference_mode()
+    def measure() -> float:
+        return work.seconds(lambda: [each(**batch) for batch in batches], PASSES)
 
-def _pass(run: Callable[..., Any], batches: Sequence[dict[str, Any]]) -> Callable[[], float]:
-    """Seconds of a pass."""
-    return lambda: work.seconds(lambda: [run(**batch) for batch in batches], PASSES)
+    return measure

@@ -13,9 +13,9 @@ from acn_scale import distributed
 from acn_scale.benchmark import work
 from acn_scale.benchmark.model import describe
 from acn_scale.benchmark.rows import Row
-from acn_scale.benchmark.sides import Measure, seconds_beside
+from acn_scale.benchmark.sides import Measure, Side, beside
 from acn_scale.benchmark.startup import startup
-from acn_scale.benchmark.trainer import trainer_loop
+from acn_scale.benchmark.trainer import TRAINER, trainer_loop
 from acn_scale.config import Config, ViTConfig
 from acn_scale.data import build_stream
 from acn_scale.data.make_images import make_image_shards
@@ -43,34 +43,35 @@ SMALL = ViTConfig(
 )
 
 
-def loop_rows(text: Path | None, rounds: int, scale: work.Scale) -> list[Row]:
+def loop_rows(text: Path | None, rounds: int, scale: work.Scale) -> Iterator[Row]:
     """Seconds of a step of the whole loop, and from a command to its first step.
 
     `text` is as for model_rows.
     """
-    return [_beside_bare(rounds, scale), _beside_trainer(text, rounds, scale), startup(rounds)]
+    yield from _beside_bare(rounds, scale)
+    yield from _beside_trainer(text, rounds, scale)
+    yield startup(rounds)
 
 
-def _beside_bare(rounds: int, scale: work.Scale) -> Row:
+def _beside_bare(rounds: int, scale: work.Scale) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for split in ("train", "eval"):
             make_image_shards("digits", split, Path(folder) / split)
         plain = replace(scale, precision="fp32", compile=False)
         cfg = work.config(SMALL, Path(folder), Path(folder), plain, batch=64, steps=STEPS + 1)
-        work_of = f"loop of {describe(SMALL)} batch 64"
-        return seconds_beside(work_of, "bare PyTorch", {"ours": (our_loop, cfg), "bare": (bare_loop, cfg)}, rounds)
+        sides = {"ours": Side(our_loop, cfg), "bare PyTorch": Side(bare_loop, cfg)}
+        yield from beside(f"loop of {describe(SMALL)} batch 64", sides, rounds)
 
 
-def _beside_trainer(text: Path | None, rounds: int, scale: work.Scale) -> Row:
+def _beside_trainer(text: Path | None, rounds: int, scale: work.Scale) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = text or work.pydoc_shards(folder / "text", scale.bert.max_tokens)
         peer = work.write_peer("hf", scale.bert, folder / "peer", shards)
         batch, steps = scale.text_batch, 2 * scale.steps + 1
         cfg = work.config(scale.bert, shards, folder, scale, batch=batch, steps=steps)
-        sides = {"ours": (our_loop, cfg), "theirs": (trainer_loop, cfg, peer, folder / "trainer")}
-        work_of = f"loop from shards of {describe(scale.bert)} batch {batch}"
-        return seconds_beside(work_of, "Transformers Trainer", sides, rounds)
+        sides = {"ours": Side(our_loop, cfg), TRAINER: Side(trainer_loop, cfg, peer, folder / "trainer")}
+        yield from beside(f"loop from shards of {describe(scale.bert)} batch {batch}", sides, rounds)
 
 
 class _Timed(Trainer):

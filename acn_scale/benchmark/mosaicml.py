@@ -1,5 +1,5 @@
 """A process of MosaicML streaming, in a Python of its own: at each line that comes in, it resumes and says how long it
-took.
+took and the most memory that it has had.
 
 mosaicml.py FOLDER SHARDS RECORDS BYTES BATCH SAMPLES: so many shards of so many records; from so many samples on. It
 imports nothing of ours, since that library takes older packages than we do.
@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-MARK = "seconds until the first batch: "  # before what it says
+MARK = "seconds until the first batch, MiB: "  # before what it says
 
 
 def main() -> None:
@@ -17,7 +17,14 @@ def main() -> None:
     shards, records, size, batch, samples = map(int, sys.argv[2:])
     write(folder, shards, records, size)
     for _ in sys.stdin:
-        print(f"{MARK}{resume(folder, batch, samples)}", flush=True)
+        seconds = resume(folder, batch, samples)
+        print(f"{MARK}{seconds} {peak_memory()}", flush=True)
+
+
+def peak_memory() -> float:
+    """As in sides.py."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def write(folder: Path, shards: int, records: int, size: int) -> None:

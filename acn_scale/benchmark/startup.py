@@ -13,6 +13,8 @@ import torch
 
 from acn_scale.benchmark import first_step
 from acn_scale.benchmark.rows import Row, in_turns, row
+from acn_scale.benchmark.sides import environment
+from acn_scale.benchmark.trainer import TRAINER
 from acn_scale.benchmark.work import write_peer
 from acn_scale.cli import load_config
 from acn_scale.data.make_images import make_image_shards
@@ -62,7 +64,7 @@ def startup(rounds: int, *, resumed: bool = False) -> Row:
         )
     return row(
         f"quickstart, {'resume' if resumed else 'command'} to the end of the first step",
-        "Transformers Trainer",
+        TRAINER,
         "s",
         figures["ours"],
         figures["theirs"],
@@ -73,10 +75,10 @@ def startup(rounds: int, *, resumed: bool = False) -> Row:
 
 def run(arguments: list[str]) -> tuple[float, float]:
     """(seconds, MiB) of a process of first_step. Raises UserError where it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    given = os.environ | environment() | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     start = time.perf_counter()
     process = subprocess.run(
-        [sys.executable, "-m", first_step.__name__, *arguments], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", first_step.__name__, *arguments], capture_output=True, text=True, env=given
     )
     if process.returncode:
         raise UserError(f"{first_step.__name__} {' '.join(arguments)}: {process.stderr.strip().splitlines()[-1]}")

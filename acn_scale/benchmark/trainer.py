@@ -12,6 +12,8 @@ from acn_scale.benchmark.sides import Measure
 from acn_scale.config import Config
 from acn_scale.data.tokenizer import MASK
 
+TRAINER = "Transformers Trainer"
+
 
 def hide_deepspeed() -> None:
     """Its users need not have DeepSpeed, and where it is found Transformers imports it. Call it before that."""
@@ -68,6 +70,7 @@ def build_trainer(cfg: Config, folder: Path, out: Path, *callbacks: Any, **argum
         bf16=cfg.train.precision == "bf16",
         dataloader_num_workers=cfg.data.workers,
         lr_scheduler_type="cosine",
+        train_sampling_strategy="group_by_length" if cfg.model.num_classes else "random",  # as ours batches sentences
         logging_steps=10,
         report_to="none",
         disable_tqdm=True,

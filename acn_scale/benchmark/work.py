@@ -12,9 +12,9 @@ import torch
 from acn_scale.config import BertConfig, Config, MixerConfig, ModelConfig, ViTConfig
 from acn_scale.convert import TARGETS
 from acn_scale.convert.network import Card, Network
+from acn_scale.data.encoders import read_tokenizer
 from acn_scale.data.make_text import make_text_shards, train_source_tokenizer
 from acn_scale.data.text_sources import TextSources
-from acn_scale.data.tokenizer import load_tokenizer
 from acn_scale.models import build_model
 
 LR, WEIGHT_DECAY, CLIP_NORM, MASK_RATIO = 1e-4, 0.01, 1.0, 0.15
@@ -36,9 +36,10 @@ class Scale:
     steps: int  # of a turn
     workers: int  # loader processes of each side
     compile: bool  # both sides by torch.compile, block by block
+    ranks: int  # of each side of model, each with so large a batch
 
 
-def scale(device: torch.device, *, compiled: bool) -> Scale:
+def scale(device: torch.device, *, compiled: bool, ranks: int = 1) -> Scale:
     """Both sides of a row are the residual network, which the peers have too."""
     bert = {"name": "bert", "connectivity": "residual", "vocab_size": VOCABULARY, "depth": 12, "dropout": 0.1}
     encoder = bert | {"depth": 6, "num_classes": 2}
@@ -57,6 +58,7 @@ def scale(device: torch.device, *, compiled: bool) -> Scale:
             steps=10,
             workers=4,
             compile=compiled,
+            ranks=ranks,
         )
     wide = {"depth": 16, "dim": 128, "token_dim": 64, "channel_dim": 512, "image_size": 32, "patch_size": 4}
     return Scale(
@@ -70,6 +72,7 @@ def scale(device: torch.device, *, compiled: bool) -> Scale:
         steps=1,
         workers=0,
         compile=compiled,
+        ranks=ranks,
     )
 
 
@@ -120,14 +123,14 @@ def _records(shards: Path) -> Iterator[dict[str, Any]]:
     from webdataset import WebDataset
 
     files = sorted(str(path) for path in shards.glob("*.tar"))
-    yield from WebDataset(files, shardshuffle=False).decode()
+    yield from WebDataset(files, shardshuffle=False, nodesplitter=None).decode()  # all of them on every rank
 
 
 def write_peer(to: str, model: ModelConfig, folder: Path, shards: Path | None = None) -> Path:
     """The network that a run of ours starts from, as `to`, "hf" (with the shards' tokenizer) or "timm", loads it."""
     folder.mkdir()
     torch.manual_seed(0)
-    tokenizer = load_tokenizer(shards / "train").serialized_model_proto() if shards else None
+    tokenizer = read_tokenizer(shards / "train") if shards else {}
     net = Network(build_model(model), Card(model=model, source="benchmark", full_depth=model.depth), tokenizer)
     TARGETS[to](net, folder, "fp32")
     return folder

@@ -56,6 +56,11 @@ class Config(Section):
             )
         if self.optim.name == "muon" and stage == 0:
             raise ValueError("optim.name = muon: train.zero_stage must be 1, 2 or 3")
+        if self.optim.name == "muon" and train.clip_norm:
+            raise ValueError(
+                f"train.clip_norm = {train.clip_norm}: optim.name = muon takes 0, or it is Muon's updates that are "
+                "clipped, which are as long whatever the gradient is"
+            )
         lowest = {"none": 0, "optimizer": 1, "parameters": 3}[train.offload]
         if stage < lowest:
             raise ValueError(f"train.offload = {train.offload}: train.zero_stage must be {lowest} or more")

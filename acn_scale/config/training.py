@@ -12,8 +12,9 @@ class OptimConfig(Section):
     """Without weight decay on biases and norms."""
 
     name: Literal["adamw", "lamb", "muon"] = Field(
-        "adamw", description="lamb: ZeRO-0 only; muon: for the blocks' matrices, with AdamW for all else"
-    )
+        "adamw", description="lamb: ZeRO-0 only; muon: for the blocks' matrices, with updates as large as AdamW's, and "
+        "AdamW for all else; not with ZeRO-0 or train.clip_norm",
+    )  # fmt: skip
     lr: float = Field(gt=0, description="peak learning rate")
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         [0.9, 0.999], min_length=2, max_length=2, description="decay of the two moments"
@@ -39,6 +40,10 @@ class TrainConfig(Section):
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of weights and activations in the passes")
     zero_stage: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage")
+    bucket_size: int = Field(
+        500_000_000, ge=1, description="gradients that are summed over the ranks at once, at most; tools/plan.py has "
+        "the number for a link",
+    )  # fmt: skip
     offload: Literal["none", "optimizer", "parameters"] = Field(
         "none", description="what lies in main memory instead of a GPU's: the optimizer's state (ZeRO 1 to 3), or also "
         "the parameters (ZeRO-3)",

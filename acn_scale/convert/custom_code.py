@@ -7,13 +7,9 @@ CODE_NAME = "modeling_acn_scale.py"
 HERE = Path(__file__).parent
 MODELS = HERE.parent / "models"
 # In an order in which each needs only those before it.
-SOURCES = (
-    *(
-        MODELS / f"{name}.py"
-        for name in ("connectivity", "trunk", "base", "layers", "classifier", "vit", "mixer", "bert", "__init__")
-    ),
-    HERE / "transformers_classes.py",
-)
+BASE = ["tokens", "connectivity", "trunk", "base", "layers", "patches", "initial_weights"]
+PARTS = [*BASE, "classifier", "vit", "mixer", "bert", "__init__"]
+SOURCES = (*(MODELS / f"{name}.py" for name in PARTS), HERE / "transformers_classes.py")
 HEADER = '''"""Networks of acn_scale for Transformers, made from its source. Needs PyTorch and Transformers only."""
 
 from __future__ import annotations

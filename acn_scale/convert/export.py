@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acn_scale.convert.network import Card, Network, network
-from acn_scale.data.tokenizer import TOKENIZER_NAME
+from acn_scale.data.encoders import read_tokenizer
 from acn_scale.errors import UserError
 from acn_scale.pruning import sparsity
 from acn_scale.runs import read_json, write_json
@@ -23,8 +23,8 @@ FORMAT = {"format": "acn_scale", "version": 2}
 def write_export(net: Network, folder: Path, dtype: Literal["fp32", "bf16", "fp16"]) -> None:
     """Into a folder that is there and empty."""
     save_weights(net.weights(dtype), folder)
-    if net.tokenizer is not None:
-        (folder / TOKENIZER_NAME).write_bytes(net.tokenizer)
+    for name, content in net.tokenizer.items():
+        (folder / name).write_bytes(content)
     entry = {"dtype": dtype, "sha256": _sha256(folder / WEIGHTS_NAME), "sparsity": sparsity(net.model)["sparsity"]}
     write_json(folder / CONFIG_NAME, FORMAT | entry | net.card.model_dump(mode="json"))
 
@@ -63,8 +63,7 @@ def read_export(folder: Path) -> Network:
     pieces = read_safetensors(path)
     if _sha256(path) != checksum:
         raise UserError(f"{path}: its sha256 is not the one in {CONFIG_NAME}")
-    tokenizer = folder / TOKENIZER_NAME
-    return network(card, pieces, tokenizer.read_bytes() if tokenizer.exists() else None)
+    return network(card, pieces, read_tokenizer(folder))
 
 
 def read_safetensors(path: Path) -> dict[str, Pieces]:

@@ -18,6 +18,7 @@ from acn_scale.convert.names import HF_BERT, HF_VIT, Names, to_ours, to_theirs
 from acn_scale.convert.network import Card, Network, network, shapes_of
 from acn_scale.convert.tokenizer_files import write_tokenizer
 from acn_scale.convert.twins import check_eps, is_residual
+from acn_scale.data.encoders import read_tokenizer
 from acn_scale.errors import UserError
 from acn_scale.models.bert import BERT_EPS
 from acn_scale.models.layers import EPS
@@ -51,7 +52,7 @@ def write_hugging_face(net: Network, folder: Path, dtype: str) -> None:
     write_json(folder / CONFIG_NAME, values)
     if net.card.images:
         write_json(folder / PROCESSOR_NAME, image_processor(net.card.images, model))
-    if net.tokenizer is not None:
+    if net.tokenizer:
         write_tokenizer(net.tokenizer, folder, model.max_tokens)
     (folder / "README.md").write_text(model_card(net.card, plain=plain, dtype=dtype))
 
@@ -119,7 +120,8 @@ def read_hugging_face(folder: Path) -> Network:
     shapes = shapes_of(card.model)
     if dropped := sorted(weights.keys() - shapes.keys()):
         log.info("%s: left out, our %s has no place for it: %s", card.source, card.model.name, ", ".join(dropped))
-    return network(card, {name: [weight] for name, weight in weights.items() if name in shapes})
+    pieces = {name: [weight] for name, weight in weights.items() if name in shapes}
+    return network(card, pieces, read_tokenizer(folder))
 
 
 def read_parts(folder: Path) -> tuple[Card, dict[str, Tensor]]:

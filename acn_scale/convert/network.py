@@ -1,8 +1,10 @@
 """A trained network by itself: the model with its weights, and a card that says what it is and where it came from."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import torch
@@ -76,11 +78,11 @@ class Card(Section):
 
 @dataclass(frozen=True)
 class Network:
-    """`model` is in fp32, on the CPU and in evaluation mode. `tokenizer`: the SentencePiece model, for text."""
+    """`model` is in fp32, on the CPU and in evaluation mode. `tokenizer`: its files by name, for text."""
 
     model: nn.Module
     card: Card
-    tokenizer: bytes | None = None
+    tokenizer: Mapping[str, bytes] = field(default_factory=dict)
 
     def weights(self, dtype: Literal["fp32", "bf16", "fp16"] = "fp32") -> dict[str, Tensor]:
         """By name; tied ones once."""
@@ -89,11 +91,7 @@ class Network:
 
     def digest(self) -> str:
         """Of the weights: the same for a checkpoint and its export, whatever they lie in."""
-        found = hashlib.sha256()
-        for name, weight in sorted(self.weights().items()):
-            found.update(name.encode())
-            found.update(weight.numpy())
-        return found.hexdigest()[:16]
+        return digest_of(self.weights())
 
     def cut(self, depth: int) -> "Network":
         """The network that ends after `depth` blocks, with the same head. This one's model is used up.
@@ -119,13 +117,22 @@ class Network:
         return self.cut(min(depth, self.card.model.depth))
 
 
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """weights: by name; of their values as fp32, whatever they are stored in."""
+    found = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        found.update(name.encode())
+        found.update(weight.detach().float().contiguous().numpy())
+    return found.hexdigest()[:16]
+
+
 def shapes_of(model: ModelConfig) -> dict[str, torch.Size]:
     """Of a model's weights, without building it."""
     with torch.device("meta"):
         return {name: weight.shape for name, weight in build_model(model).named_parameters()}
 
 
-def network(card: Card, weights: dict[str, Pieces], tokenizer: bytes | None = None) -> Network:
+def network(card: Card, weights: dict[str, Pieces], tokenizer: Mapping[str, bytes] = MappingProxyType({})) -> Network:
     """Build the model of a card with these weights, by name and piece by piece.
 
     Raises UserError where names or sizes are not the model's.

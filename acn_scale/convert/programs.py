@@ -25,21 +25,19 @@ class Program(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (batch, channels, height, width) -> (batch, classes)."""
-        return self.model.head(self.model.trunk(self.model.embed(images)))
+        return self.model(images)["logits"]
 
 
 class LanguageProgram(Program):
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens, mask: (batch, tokens), mask False at padding -> (batch, tokens, vocab_size)."""
-        x = self.model.trunk(self.model.embed(tokens), mask)
-        places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
-        return self.model.head(x, places)
+        return self.model(tokens, mask=mask)["logits"]
 
 
 class SentenceProgram(Program):
     def forward(self, tokens: Tensor, mask: Tensor, segments: Tensor) -> Tensor:
         """tokens, mask, segments: (batch, tokens), segments 1 in the second text of a pair -> (batch, classes)."""
-        return self.model.head(self.model.trunk(self.model.embed(tokens, segments), mask))
+        return self.model(tokens, segments=segments, mask=mask)["logits"]
 
 
 def write_program(net: Network, folder: Path, dtype: str) -> None:

@@ -12,6 +12,7 @@ from acn_scale.convert.export import is_export, read_export, read_safetensors
 from acn_scale.convert.hugging_face import read_hugging_face, read_parts
 from acn_scale.convert.network import Card, Images, Masks, Network, network
 from acn_scale.convert.timm_models import read_timm
+from acn_scale.data.encoders import TOKENIZER_FILES, read_tokenizer
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.storage import read_file
 from acn_scale.data.tokenizer import TOKENIZER_NAME
@@ -71,10 +72,15 @@ def results_folder(source: Path | str, net: Network, out: Path | None) -> Path:
     return run
 
 
-def read_weights(source: str) -> dict[str, Tensor]:
-    """By name, of whatever read_model takes, or of an encoder without a head in hf:FOLDER."""
+def read_start(source: str) -> tuple[Card, dict[str, Tensor]]:
+    """What is known, and the weights by name, of whatever read_model takes, or of an encoder without a head in
+    hf:FOLDER.
+    """
     kind, _, rest = source.partition(":")
-    return read_parts(Path(rest))[1] if kind == "hf" and rest else read_model(source).weights()
+    if kind == "hf" and rest:
+        return read_parts(Path(rest))
+    net = read_model(source)
+    return net.card, net.weights()
 
 
 def _whole(checkpoint: Path) -> Path:
@@ -165,13 +171,18 @@ def _said_of_shards(cfg: Config) -> dict[str, Any]:
     return {"images": images}
 
 
-def _tokenizer(cfg: Config) -> bytes | None:
-    """The file beside the shards, or in the tokenizer's own folder, where it can still be read."""
-    if isinstance(cfg.data, ImageDataConfig):
-        return None
-    folder = cfg.data.tokenizer if isinstance(cfg.data, SentenceDataConfig) else cfg.data.train
+def _tokenizer(cfg: Config) -> dict[str, bytes]:
+    """The file beside the shards, or those in the tokenizer's own folder, where they can still be read."""
+    data, lost = cfg.data, "the network goes without its tokenizer"
+    if isinstance(data, ImageDataConfig):
+        return {}
+    folder = data.tokenizer if isinstance(data, SentenceDataConfig) else data.train
     try:
-        return read_file(folder, TOKENIZER_NAME, cfg.data.remote)
+        if isinstance(data, SentenceDataConfig):
+            if not (found := read_tokenizer(Path(folder))):
+                log.warning("%s: holds none of %s; %s", folder, ", ".join(TOKENIZER_FILES), lost)
+            return found
+        return {TOKENIZER_NAME: read_file(folder, TOKENIZER_NAME, data.remote)}
     except OSError as error:
-        log.warning("%s/%s: %s; the network goes without its tokenizer", folder, TOKENIZER_NAME, error)
-        return None
+        log.warning("%s/%s: %s; %s", folder, TOKENIZER_NAME, error, lost)
+        return {}

@@ -1,18 +1,32 @@
-"""Our SentencePiece model -> the files that Transformers' AutoTokenizer loads, with the same ids for any text."""
+"""A network's tokenizer -> the files that Transformers' AutoTokenizer loads, with the same ids for any text."""
 
 import base64
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from acn_scale.data.encoders import SETTINGS_NAME
 from acn_scale.data.tokenizer import CLS, MASK, PAD, SEP, TOKENIZER_NAME, UNK
 from acn_scale.errors import UserError
-from acn_scale.runs import write_json
+from acn_scale.runs import read_json, write_json
 
 SPECIAL = {"pad_token": PAD, "unk_token": UNK, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
 SPACE = "\u2581"  # SentencePiece's mark for a space
 
 
-def write_tokenizer(content: bytes, folder: Path, max_tokens: int) -> None:
+def write_tokenizer(files: Mapping[str, bytes], folder: Path, max_tokens: int) -> None:
+    """Of a SentencePiece model, made into theirs, or of Hugging Face's own files. Raises UserError for others."""
+    if TOKENIZER_NAME in files:
+        _write_ours(files[TOKENIZER_NAME], folder, max_tokens)
+        return
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    settings = {"tokenizer_class": "BertTokenizer"}  # a BERT's need not say so, and in the folder may be an ACN
+    settings |= read_json(folder / SETTINGS_NAME) if SETTINGS_NAME in files else {}
+    write_json(folder / SETTINGS_NAME, settings | {"model_max_length": max_tokens})
+
+
+def _write_ours(content: bytes, folder: Path, max_tokens: int) -> None:
     """`content` is a SentencePiece model, unigram or BPE. Sequences become [CLS] text [SEP], or of two texts
     [CLS] first [SEP] second [SEP].
 
@@ -48,7 +62,7 @@ def write_tokenizer(content: bytes, folder: Path, max_tokens: int) -> None:
     )
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_tokens}
     settings |= {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
-    write_json(folder / "tokenizer_config.json", settings | names)
+    write_json(folder / SETTINGS_NAME, settings | names)
 
 
 def _added(number: int, piece: str) -> dict[str, Any]:

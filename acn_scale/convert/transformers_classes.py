@@ -15,7 +15,7 @@ from transformers.modeling_outputs import (
 )
 
 from acn_scale.models import build_model
-from acn_scale.models.layers import PatchEmbed, sincos_positions
+from acn_scale.models.patches import PatchEmbed, sincos_positions
 
 
 class AcnConfig(PretrainedConfig):
@@ -64,10 +64,16 @@ class AcnPreTrained(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.network.embed.token = value
 
-    def tokens_out(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> Tensor:
-        """input_ids, attention_mask, token_type_ids: (batch, tokens) -> the readout (batch, tokens, dim)."""
-        mask = None if attention_mask is None else attention_mask.bool()
-        return self.network.trunk(self.network.embed(input_ids, token_type_ids), mask)
+    @staticmethod
+    def as_mask(attention_mask: Tensor | None) -> Tensor | None:
+        """(batch, tokens), numbers or bools -> bools."""
+        return None if attention_mask is None else attention_mask.bool()
+
+    def text_logits(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> Tensor:
+        """input_ids, attention_mask, token_type_ids: (batch, tokens) -> (batch, num_labels), or of a masked language
+        model (batch, tokens, vocab_size).
+        """
+        return self.network(input_ids, segments=token_type_ids, mask=self.as_mask(attention_mask))["logits"]
 
 
 class AcnModel(AcnPreTrained):
@@ -84,7 +90,8 @@ class AcnModel(AcnPreTrained):
         """input_ids: (batch, tokens) or pixel_values: (batch, channels, height, width) -> (batch, tokens, dim)."""
         if pixel_values is not None:
             return BaseModelOutput(last_hidden_state=self.network.trunk(self.network.embed(pixel_values)))
-        return BaseModelOutput(last_hidden_state=self.tokens_out(input_ids, attention_mask, token_type_ids))
+        x = self.network.embed(input_ids, token_type_ids)
+        return BaseModelOutput(last_hidden_state=self.network.trunk(x, self.as_mask(attention_mask)))
 
 
 class AcnForMaskedLM(AcnPreTrained):
@@ -106,8 +113,7 @@ class AcnForMaskedLM(AcnPreTrained):
         **_: Any,
     ) -> MaskedLMOutput:
         """input_ids: (batch, tokens) -> logits (batch, tokens, vocab_size); labels: the same shape, -100 where none."""
-        x = self.tokens_out(input_ids, attention_mask, token_type_ids)
-        logits = self.network.head(x, torch.arange(x.shape[1], device=x.device).expand(len(x), -1))
+        logits = self.text_logits(input_ids, attention_mask, token_type_ids)
         loss = None if labels is None else F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
         return MaskedLMOutput(loss=loss, logits=logits)
 
@@ -126,7 +132,7 @@ class AcnForSequenceClassification(AcnPreTrained):
         **_: Any,
     ) -> SequenceClassifierOutput:
         """input_ids: (batch, tokens) -> logits (batch, num_labels); labels: (batch,), numbers where there is one."""
-        logits = self.network.head(self.tokens_out(input_ids, attention_mask, token_type_ids))
+        logits = self.text_logits(input_ids, attention_mask, token_type_ids)
         loss = None if labels is None else self.network.loss(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
@@ -136,6 +142,6 @@ class AcnForImageClassification(AcnPreTrained):
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ImageClassifierOutput:
         """pixel_values: (batch, channels, height, width) -> logits (batch, num_labels); labels: (batch,)."""
-        logits = self.network.head(self.network.trunk(self.network.embed(pixel_values)))
+        logits = self.network(pixel_values)["logits"]
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)

@@ -9,7 +9,6 @@ import torch
 from acn_scale.config import Config, DataConfig, ImageDataConfig, ModelConfig, SentenceDataConfig
 from acn_scale.data.batch_plan import BatchPlan
 from acn_scale.data.image_files import ImageFiles
-from acn_scale.data.images import ImageDecoder
 from acn_scale.data.order import BucketedOrder, ChosenOrder, DiskOrder, LengthOrder, Order
 from acn_scale.data.samples import Decoder, Samples
 from acn_scale.data.sentences import SentenceDecoder
@@ -124,6 +123,8 @@ def _decoder(
     data: DataConfig, model: ModelConfig, index: ShardIndex, train: ShardIndex, *, training: bool, noise: Any = None
 ) -> Decoder:
     if isinstance(data, ImageDataConfig):
+        from acn_scale.data.images import ImageDecoder  # here: with torchvision comes all of PyTorch's compiler
+
         return ImageDecoder(data, model, index, train.info, training=training, noise=noise)
     if isinstance(data, SentenceDataConfig):
         return SentenceDecoder(data, model, index, noise)

@@ -9,6 +9,7 @@ from acn_scale.data.tokenizer import CLS, PAD, SEP, TOKENIZER_NAME, load_tokeniz
 from acn_scale.errors import UserError
 
 TOKENIZER_FILES = (TOKENIZER_NAME, "tokenizer.json", "vocab.txt")
+SETTINGS_NAME = "tokenizer_config.json"  # beside Hugging Face's
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,16 @@ def load_encoder(folder: str | Path) -> Encoder:
     raise UserError(f"data.tokenizer = {folder}: holds none of {', '.join(TOKENIZER_FILES)}")
 
 
+def read_tokenizer(folder: Path) -> dict[str, bytes]:
+    """The files that make up the tokenizer in a folder, by name; none where there is no tokenizer."""
+    names = [name for name in TOKENIZER_FILES if (folder / name).exists()]
+    if TOKENIZER_NAME in names:
+        names = [TOKENIZER_NAME]  # tokenizer.json beside it says what it was trained on
+    elif names:
+        names += [name for name in (SETTINGS_NAME, "special_tokens_map.json") if (folder / name).exists()]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
 def _hugging_face(path: Path) -> Encoder:
     import tokenizers  # here: no run on images needs it
 
@@ -82,5 +93,5 @@ def _hugging_face(path: Path) -> Encoder:
 
 def _lowercase(folder: Path) -> bool:
     """As BERT's tokenizer does unless its settings say otherwise."""
-    settings = folder / "tokenizer_config.json"
+    settings = folder / SETTINGS_NAME
     return json.loads(settings.read_text()).get("do_lower_case", True) if settings.exists() else True

@@ -1,18 +1,25 @@
 """GLUE as people have it, the official TSV files or a Hugging Face data set -> rows of texts with their labels."""
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from acn_scale.data.sources import find_source, load_hugging_face
+from acn_scale.data.sources import find_source, load_hugging_face, text_lines
 from acn_scale.data.tasks import Task
 from acn_scale.errors import UserError
 
-BROKEN = 0.001  # share of a file's lines that may lack columns: the official QQP has a few
+BROKEN = 0.001  # share of a training file's lines that may lack columns: the official QQP has a few
 HUB_SPLITS = {"eval": "validation", "eval_mismatched": "validation_mismatched", "test_mismatched": "test_mismatched"}
 HUB_TEXTS = {"mrpc": ("sentence1", "sentence2"), "mnli": ("premise", "hypothesis"), "ax": ("premise", "hypothesis")}
+# What the hub calls the classes, in the order of ours, where the official files number them.
+HUB_CLASSES = {
+    "cola": ("unacceptable", "acceptable"),
+    "sst2": ("negative", "positive"),
+    "mrpc": ("not_equivalent", "equivalent"),
+    "qqp": ("not_duplicate", "duplicate"),
+    "wnli": ("not_entailment", "entailment"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,13 +52,7 @@ def _from_files(rest: str, name: str, task: Task, split: str) -> Lines | None:
         if not any(each.parent.is_dir() for each in _places(folder, task, split)):
             raise UserError(f"{folder / task.folder}: no such folder; it must hold {', '.join(task.splits.values())}")
         return None
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:  # MRPC begins with a byte-order mark
-            return _rows(path, file, task, split)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+    return _rows(path, text_lines(path), task, split)
 
 
 def _places(folder: Path, task: Task, split: str) -> tuple[Path, Path]:
@@ -59,7 +60,7 @@ def _places(folder: Path, task: Task, split: str) -> tuple[Path, Path]:
     return folder / task.folder / task.splits[split], folder / task.splits[split]
 
 
-def _rows(path: Path, file: Iterator[str], task: Task, split: str) -> Lines:
+def _rows(path: Path, file: Iterable[str], task: Task, split: str) -> Lines:
     tests = split.startswith("test")
     lines = ((number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(file, 1))
     if task.columns and not tests:
@@ -73,8 +74,8 @@ def _rows(path: Path, file: Iterator[str], task: Task, split: str) -> Lines:
     for number, cells in lines:
         if len(cells) != len(columns):
             broken.append(f"{path}: line {number}: {len(cells)} of {len(columns)} columns")
-            if tests:
-                raise UserError(f"{broken[0]}: the server takes a prediction for each line of a test file")
+            if split != "train":
+                raise UserError(f"{broken[0]}: an evaluation or test set must have all of its lines")
             continue
         values = dict(zip(columns, cells, strict=True))
         label = None if tests else _label(values[task.label], task, f"{path}: line {number}: {task.label}")
@@ -87,23 +88,19 @@ def _rows(path: Path, file: Iterator[str], task: Task, split: str) -> Lines:
     return Lines(rows, broken)
 
 
-def _label(text: str, task: Task, what: str) -> float:
+def _label(value: Any, task: Task, what: str) -> float:
     if task.labels:
-        if text not in task.labels:
-            raise UserError(f"{what} = {text!r}: must be one of {', '.join(task.labels)}")
-        return task.labels.index(text)
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    _check_range(value, task, f"{what} = {text!r}")
-    return value
-
-
-def _check_range(value: float, task: Task, what: str) -> None:
+        if value not in task.labels:
+            raise UserError(f"{what} = {value!r}: must be one of {', '.join(task.labels)}")
+        return task.labels.index(value)
     low, high = task.range
-    if not low <= value <= high:
-        raise UserError(f"{what}: must be a number from {low:g} to {high:g}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not low <= number <= high:
+        raise UserError(f"{what} = {value!r}: must be a number from {low:g} to {high:g}")
+    return number
 
 
 def _from_hub(rest: str, name: str, task: Task, split: str) -> Lines | None:
@@ -115,31 +112,42 @@ def _from_hub(rest: str, name: str, task: Task, split: str) -> Lines | None:
     if name == "mnli" and not split.endswith("mismatched"):
         theirs = {"train": "train", "eval": "validation_matched", "test": "test_matched"}[split]
     try:
+        if name not in datasets.get_dataset_config_names(path):
+            return None
         names = datasets.get_dataset_split_names(path, name)
     except Exception as error:  # of many kinds: no such name, no network
         raise UserError(f"hf:{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
     if theirs not in names:
         return None
     table = load_hugging_face(f"{path}:{name}", theirs, streaming=False)
-    texts = HUB_TEXTS.get(name, task.texts)
-    if missing := [column for column in (*texts, "label") if column not in table.column_names]:
-        raise UserError(f"hf:{path}: {name}, {theirs}: has no column {missing[0]!r}")
-    rows = list(_hub_rows(table, task, texts, f"hf:{path}: {name}, {theirs}", labelled=not split.startswith("test")))
+    what = f"hf:{path}: {name}, {theirs}"
+    rows = list(_hub_rows(table, name, task, what, labelled=not split.startswith("test")))
     if not rows:
-        raise UserError(f"hf:{path}: {name}, {theirs}: holds no rows")
+        raise UserError(f"{what}: holds no rows")
     return Lines(rows, [])
 
 
-def _hub_rows(table: Any, task: Task, texts: tuple[str, ...], what: str, *, labelled: bool) -> Iterator[Row]:
-    for number, values in zip(itertools.count(), table, strict=False):
-        label = values["label"]
-        label = None if label is None or label == -1 else float(label)
-        if label is None and labelled:
-            raise UserError(f"{what}: row {number}: has no label; only test sets go without")
-        if label is not None and task.labels and label not in range(len(task.labels)):
-            raise UserError(f"{what}: row {number}: label = {label:g}: must be 0 to {len(task.labels) - 1}")
-        if label is not None and not task.labels:
-            _check_range(label, task, f"{what}: row {number}: label = {label:g}")
+def _hub_rows(table: Any, name: str, task: Task, what: str, *, labelled: bool) -> Iterator[Row]:
+    """Classes go by their names, the hub's or the official files': a copy may number them in another order."""
+    texts, names = HUB_TEXTS.get(name, task.texts), HUB_CLASSES.get(name, task.labels)
+    if missing := [column for column in (*texts, "label") if column not in table.column_names]:
+        raise UserError(f"{what}: has no column {missing[0]!r}")
+    official = dict(zip(names, task.labels, strict=True))
+    classes = getattr(table.features["label"], "names", None) or names  # bare numbers are the hub's
+    if {official.get(each, each) for each in classes} != set(task.labels):
+        raise UserError(f"{what}: classes {', '.join(classes)}: must be {', '.join(names) or 'numbers'}")
+    for number, values in enumerate(table):
+        where, label = f"{what}: row {number}", values["label"]
+        if label in (None, -1):
+            if labelled:
+                raise UserError(f"{where}: has no label; only test sets go without")
+            label = None
+        else:
+            label = classes[int(label)] if label in range(len(classes)) else label
+            label = float(_label(official.get(str(label), label), task, f"{where}: label"))
+        for text in texts:
+            if not isinstance(values[text], str):
+                raise UserError(f"{where}: {text} = {values[text]!r}: must be a text")
         yield Row(tuple(values[text] for text in texts), label, str(values.get("idx", number)))
 
 

@@ -14,12 +14,12 @@ from torchvision.transforms import v2
 from acn_scale.config import ImageDataConfig, ImageModelConfig
 from acn_scale.data.decode import Box, Picture
 from acn_scale.data.image_noise import ImageNoise, Stage
+from acn_scale.data.raw_images import ENCODINGS
 from acn_scale.data.resize import resizer
 from acn_scale.data.samples import Batch, Decoder, Key
 from acn_scale.data.shards import ShardIndex
 from acn_scale.errors import BadData, UserError
 
-ENCODINGS = ("jpg", "png", "jpeg", "webp")
 CROPPING, AUGMENTING, ERASING, MIXING, NOISE = range(5)  # what random numbers are drawn for
 
 

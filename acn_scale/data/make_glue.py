@@ -20,25 +20,25 @@ log = logging.getLogger(__name__)
 SHARD_SIZE = 4096
 
 
-def make_glue_shards(source: str, names: Sequence[str], folder: Path) -> list[ShardIndex]:
-    """Write each split that the source has of these tasks to <folder>/<task>/<split>. Raises UserError; what was
-    whole before stays.
+def make_glue_shards(source: str, names: Sequence[str] | None, folder: Path) -> list[ShardIndex]:
+    """Write each split that the source has of these tasks, or of all, to <folder>/<task>/<split>. Raises UserError;
+    what was whole before stays.
     """
     found = []
-    for name in names:
+    for name in names or TASKS:
         task, before = TASKS[name], len(found)
         for split in tqdm(task.splits, desc=name, unit="split", leave=False):
             lines = read_split(source, name, task, split)
             if lines is None:
                 if split in ("train", "eval"):
-                    raise UserError(f"--source {source}: has no {task.folder}/{task.splits[split]}")
+                    raise UserError(f"--source {source}: has no {split} of {name}, {task.folder}/{task.splits[split]}")
                 continue
             for line in lines.broken:
                 log.warning("left out: %s", line)
             info = {"task": name, "split": split, "classes": list(task.labels), "left_out": lines.broken}
             found.append(write_split(folder / name / split, lines.rows, info))
-        if len(found) == before:
-            raise UserError(f"--source {source}: has no {task.folder}/{' or '.join(task.splits.values())}")
+        if names and len(found) == before:  # of all tasks, the diagnostic set alone may not be there
+            raise UserError(f"--source {source}: has no {name}, {task.folder}/{' or '.join(task.splits.values())}")
     return found
 
 

@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 from acn_scale.data.decode import narrowed
 from acn_scale.data.image_sources import open_images
-from acn_scale.data.images import ENCODINGS
 from acn_scale.data.make import Making, describe, in_order
-from acn_scale.data.raw_images import ImageSource, RawImage, encode_png
+from acn_scale.data.raw_images import ENCODINGS, ImageSource, RawImage, encode_png
 from acn_scale.data.selection import select
 from acn_scale.data.shards import INDEX_NAME, ShardIndex
 from acn_scale.data.storage import Shard

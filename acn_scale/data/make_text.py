@@ -1,7 +1,6 @@
 """Documents of any source -> packed token sequences, a training and an evaluation part."""
 
 import hashlib
-import logging
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -33,8 +32,6 @@ from acn_scale.data.tokenizer import (
 )
 from acn_scale.errors import UserError
 
-log = logging.getLogger(__name__)
-
 ROWS_PER_RECORD = 64  # token sequences in one .npy record
 CHUNK = 2**20  # characters that a worker tokenizes at a time
 EVAL_SHARE = 0.01  # of the documents, drawn by their hash
@@ -58,9 +55,8 @@ def train_source_tokenizer(
     sample = sample_documents(documents, int(sample_mb * 1e6), _hash)
     if not sample:
         raise UserError(f"--source {' '.join(sources.names)}: holds no text to train on")
-    log.info(
-        "training on %d of %d documents, %.1f M characters", len(sample), counts.train, sum(map(len, sample)) / 1e6
-    )
+    size = f"{len(sample):,} of {counts.train:,} documents, {sum(map(len, sample)) / 1e6:.1f} million characters"
+    print(f"training {vocab_size:,} pieces on {size}; SentencePiece says nothing until it ends", file=sys.stderr)
     record = {"source": list(sources.names), "weights": sources.weights, "vocab_size": vocab_size, "model": model}
     record |= {"eval_share": eval_share, "sample_characters": sum(map(len, sample)), "sample_documents": len(sample)}
     return train_tokenizer(

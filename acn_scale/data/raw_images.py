@@ -8,8 +8,7 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-from acn_scale.data.images import ENCODINGS
-
+ENCODINGS = ("jpg", "png", "jpeg", "webp")  # that shards hold
 EXTENSIONS = (*(f".{name}" for name in ENCODINGS), ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 
 

@@ -1,9 +1,10 @@
-"""What the sources of images and of text share: their names, files by pattern, Hugging Face data sets."""
+"""What the sources of images and of text share: their names, files by pattern, lines, Hugging Face data sets."""
 
 import glob
+import gzip
 import hashlib
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,19 @@ def find_files(pattern: str) -> list[Path]:
     if not files:
         raise UserError(f"{pattern}: no such file")
     return files
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """Of a text file, also one packed by gzip. Raises UserError for bytes that are no UTF-8."""
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: line {number}: not UTF-8: {error.reason}") from None
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: after line {number}: {error}") from None
 
 
 def files_identity(paths: Iterable[Path]) -> str:

@@ -1,14 +1,12 @@
 """Text as people have it -> documents: each once, on one side of the split, several sources mixed by weight."""
 
-import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from acn_scale.data.sources import files_identity, find_files, find_source, load_hugging_face
+from acn_scale.data.sources import files_identity, find_files, find_source, load_hugging_face, text_lines
 from acn_scale.errors import UserError
 
 # The hub's bookcorpus has a sentence in each row: so many in a row make up a document.
@@ -100,7 +98,7 @@ def plain_text(rest: str, sources: TextSources) -> Iterator[str]:
     for path in find_files(rest):
         lines: list[str] = []
         inside = False
-        for line in _lines(path):
+        for line in text_lines(path):
             if line.startswith("<doc "):
                 inside = True
             elif line.startswith("</doc>"):
@@ -115,22 +113,9 @@ def plain_text(rest: str, sources: TextSources) -> Iterator[str]:
             yield "".join(lines)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Of a text file, also one packed by gzip. Raises UserError for bytes that are no UTF-8."""
-    number = 0
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: line {number}: not UTF-8: {error.reason}") from None
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path}: after line {number}: {error}") from None
-
-
 def json_lines(rest: str, sources: TextSources) -> Iterator[str]:
     for path in find_files(rest):
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in enumerate(text_lines(path), 1):
             if line.strip():
                 try:
                     row = json.loads(line)

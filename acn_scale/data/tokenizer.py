@@ -2,6 +2,7 @@
 
 import heapq
 import json
+import signal
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -32,6 +33,7 @@ def train_tokenizer(
     if vocab_size <= MASK + 1:
         raise UserError(f"--vocab-size {vocab_size}: must be more than the {MASK + 1} special pieces")
     buffer = BytesIO()
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would wait until SentencePiece has ended
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_lines(documents),
@@ -55,6 +57,8 @@ def train_tokenizer(
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].rpartition("] ")[2]  # without the place in SentencePiece's source
         raise UserError(f"--vocab-size {vocab_size}: {reason}") from None
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -67,7 +67,7 @@ def _known_of(source: str) -> tuple[ModelConfig, bytes | None, Images | None]:
         card = read_parts(Path(source.removeprefix("hf:")))[0]
         return card.model, None, card.images
     net = read_model(source)
-    return net.card.model, net.tokenizer, net.card.images
+    return net.card.model, net.tokenizer.get(TOKENIZER_NAME), net.card.images
 
 
 def tokenizer_folder(source: str) -> str:

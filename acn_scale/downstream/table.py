@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 from scipy import stats
 
 from acn_scale.depth import cutoff
+from acn_scale.downstream.server_files import server_files
+from acn_scale.downstream.tasks import start_task
 from acn_scale.errors import UserError
-from acn_scale.files import csv_lines, read_lines, write_file
+from acn_scale.files import check_writable, csv_lines, read_lines, write_file, write_together
 from acn_scale.results import LOWER_IS_BETTER, NOT_SHARES, Measurement, read_measurements, write_measurements
 from acn_scale.runs import read_config, read_json, settings
 from acn_scale.tables import markdown
@@ -20,6 +23,12 @@ from acn_scale.watchdog import read_failure
 
 # Keys of a config that runs of the same settings may differ in: seeds of a network start from networks of their own.
 OF_EACH_RUN = ("run.", "train.init_from", "data.tokenizer", "model.depth")
+# Dorovatas et al. 2025, table 6: accuracy (%) of BERT-base, and of an AC-BERT whose sizes are those of 3 of 12 blocks.
+PUBLISHED = {
+    "sst2": ("86.63 ± 0.09", "86.68 ± 0.06"),
+    "qnli": ("83.14 ± 0.07", "83.07 ± 0.10"),
+    "qqp": ("87.20 ± 0.09", "87.30 ± 0.07"),
+}
 BESIDE = {"mnli_mismatched": "mnli", "ax": "mnli"}  # what the networks of a task are evaluated on beside it
 
 
@@ -57,21 +66,32 @@ class Line:
 
 
 def results_table(
-    folders: Sequence[Path], *, tolerance: float = 0.5, table: Path | None = None, into: Path | None = None
+    folders: Sequence[Path],
+    *,
+    tolerance: float = 0.5,
+    table: Path | None = None,
+    into: Path | None = None,
+    submission: Path | None = None,
 ) -> str:
     """Each folder is one network: all evaluated runs below it. The first is what the others are tested against.
 
-    Writes all lines as CSV to `table`, and the means to <into>/eval/, where the depth report of a run shows them.
-    Returns the table as Markdown. Raises UserError for a folder without results.
+    Writes all lines as CSV to `table`, the means to <into>/eval/, where the depth report of a run shows them, and the
+    first network's files for the GLUE server to `submission`: of each task those of the best run by the best settings.
+    Returns the table as Markdown, with the published rows beside. Raises UserError for a folder without results.
     """
+    if submission:
+        check_writable(submission, "--submission")
     found = {folder: list(_runs(folder)) for folder in folders}
     names = _names(folders)
-    lines, failures = [], [each for folder, runs in found.items() for each in _failures(folder, runs)]
+    lines, best = [], {}
+    failures = [each for folder, runs in found.items() for each in _failures(folder, runs)]
     for task in dict.fromkeys(task for runs in found.values() for task, _ in runs):
         first: Sequence[Scores] = ()
         for folder, runs in found.items():
             chosen, by = _chosen(task, runs)
             first = first if folder != folders[0] else chosen
+            if chosen and folder == folders[0]:
+                best[task] = max(chosen, key=_at_full_depth).run
             if chosen:
                 lines += _lines(task, names[folder], chosen, by, first if folder != folders[0] else (), tolerance)
     if not lines and not failures:
@@ -84,8 +104,13 @@ def results_table(
     if into:
         for task in dict.fromkeys(line.task for line in lines):
             write_measurements(into, f"mean_{task}", [_as_measurement(each) for each in lines if each.task == task])
-    return "\n".join([_markdown(lines), "", f"Cut-off: the smallest depth within {tolerance} points of full depth.",
-                      *(f"failed: {line}" for line in failures)])  # fmt: skip
+    said = [f"Cut-off: the smallest depth within {tolerance} points of full depth."]
+    if submission:
+        files, lacking = server_files(best)
+        write_together(submission, files)
+        wanted = f", which wants all: lacking {', '.join(lacking)}" if lacking else ""
+        said.append(f"{submission}: {len(files)} files for the GLUE server{wanted}.")
+    return "\n".join([_markdown(lines), "", *said, *(f"failed: {line}" for line in failures)])
 
 
 def _names(folders: Sequence[Path]) -> dict[Path, str]:
@@ -102,13 +127,13 @@ def _runs(folder: Path) -> Iterator[tuple[str, Scores]]:
         raise UserError(f"{folder}: no such folder")
     for run in sorted({path.parent.parent for path in folder.rglob("eval/*.json")}):
         measurements = read_measurements(run)
-        tried, note = _settings(run)
+        tried = _settings(run)
         for task in dict.fromkeys(each.task for each in measurements):
             mine = [each for each in measurements if each.task == task]
             metrics = {metric: [each.value for each in mine if each.metric == metric]
                        for metric in dict.fromkeys(each.metric for each in mine) if _is_told(metric)}  # fmt: skip
-            notes = [*filter(None, [note, mine[-1].note])]
-            yield task, Scores(run, mine[0].seed, tried, "; ".join(notes), metrics)
+            if metrics:  # or it is not done yet
+                yield task, Scores(run, mine[0].seed, tried, mine[-1].note or "", metrics)
 
 
 def _is_told(metric: str) -> bool:
@@ -116,18 +141,12 @@ def _is_told(metric: str) -> bool:
     return metric not in NOT_SHARES and "/" not in metric
 
 
-def _settings(run: Path) -> tuple[dict[str, Any], str]:
-    """What a grid may have tried, and whether the start was a run on another task."""
+def _settings(run: Path) -> dict[str, Any]:
+    """What a grid may have tried: keys of the config, and the task that the network it started from had learnt."""
     if not (run / "metrics.jsonl").exists():
-        return {}, ""
-    cfg = read_config(run)
-    tried = {
-        key: value for key, value in settings(cfg.model_dump(mode="json")).items() if not key.startswith(OF_EACH_RUN)
-    }
-    start = Path(cfg.train.init_from or "")
-    other = read_json(start / "config.json").get("data", {}) if (start / "metrics.jsonl").exists() else {}
-    note = f"from {Path(other['train']).parent.name}" if other.get("kind") == "sentences" else ""
-    return tried, note
+        return {}
+    found = settings(read_config(run).model_dump(mode="json"))
+    return {key: value for key, value in found.items() if not key.startswith(OF_EACH_RUN)} | {"from": start_task(run)}
 
 
 def _chosen(task: str, runs: Sequence[tuple[str, Scores]]) -> tuple[list[Scores], str]:
@@ -216,7 +235,23 @@ def _failures(folder: Path, runs: Sequence[tuple[str, Scores]]) -> Iterator[str]
             failure, ends = read_failure(run), read_lines(run / "jobs" / "ends.jsonl")
             failed = [end["reason"] for end in ends[-1:] if end["code"]]
             known = failed or ([failure["reason"]] if failure else [])
-            yield f"{run}: {known[0] if known else 'not finished, or not evaluated'}"
+            yield f"{run}: {known[0] if known else _why_not_begun(run) or 'not finished, or not evaluated'}"
+
+
+def _why_not_begun(run: Path) -> str | None:
+    """Of one that was submitted to wait for the run that it starts from, which failed."""
+    for path in sorted(run.glob("jobs/snapshot_*/config.json")):
+        start = Path(read_json(path)["train"]["init_from"] or "")
+        if failure := read_failure(start):
+            return f"not begun: it waits for {start}, which failed: {failure['reason']}"
+    return None
+
+
+def _published(task: str) -> Iterator[list[str]]:
+    if task in PUBLISHED:
+        whole, cut = PUBLISHED[task]
+        yield [task, "Res-BERT, published", "accuracy", "", whole, *[""] * 6]
+        yield [task, "AC-BERT, published", "accuracy", *[""] * 4, "3 of 12", cut, "", ""]
 
 
 def _markdown(lines: Sequence[Line]) -> str:
@@ -234,13 +269,15 @@ def _markdown(lines: Sequence[Line]) -> str:
         "settings",
     ]
     rows = [head]
-    for line in lines:
+    for line, following in zip_longest(lines, lines[1:]):
         deviation = "" if line.deviation is None else f" ± {line.deviation:.2f}"
         settings = "; ".join(filter(None, [line.settings, line.note]))
         cut = ["", ""] if line.cutoff is None else [f"{line.cutoff} of {line.blocks}", f"{line.mean_there:.2f}"]
         rows.append([line.task, line.network, line.metric, str(line.seeds), f"{line.mean:.2f}{deviation}",
                      f"{line.median:.2f}", f"{line.best:.2f}", *cut,
                      "" if line.p is None else f"{line.p:.3f}", settings])  # fmt: skip
+        if not following or following.task != line.task:
+            rows += _published(line.task)
     return markdown(rows)
 
 
@@ -249,6 +286,8 @@ def _as_measurement(line: Line) -> Measurement:
     if line.deviation is not None:
         half = line.deviation / math.sqrt(line.seeds) * float(stats.t.ppf(0.975, line.seeds - 1))
         low_high = [(line.mean - half) / 100, (line.mean + half) / 100]
-    note = "; ".join(filter(None, [f"mean of {line.seeds} seeds", line.settings, line.note]))
+    there = "" if line.cutoff is None else f"{line.mean_there:.2f} at its cut-off, {line.cutoff} of {line.blocks}"
+    against = "" if line.p is None else f"p = {line.p:.3f} against the first"
+    note = "; ".join(filter(None, [f"mean of {line.seeds} seeds", there, against, line.settings, line.note]))
     return Measurement(task=line.task, metric=line.metric, value=line.mean / 100, interval=low_high,
                        depth=line.blocks, mean_of=line.seeds, note=f"{line.network}: {note}")  # fmt: skip

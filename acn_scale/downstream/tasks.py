@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from acn_scale import distributed
 from acn_scale.config import Config, SentenceDataConfig
 from acn_scale.convert.network import Network
 from acn_scale.convert.sources import read_model, results_folder, run_of
+from acn_scale.convert.start import START
 from acn_scale.data import evaluation_of
 from acn_scale.data.samples import Samples
 from acn_scale.data.sentences import TextNoise
@@ -20,10 +21,10 @@ from acn_scale.data.shards import INDEX_NAME, ShardIndex
 from acn_scale.data.tasks import TASKS, Task
 from acn_scale.downstream.metrics import measure
 from acn_scale.downstream.predictions import Predictions, as_table, predict
-from acn_scale.errors import UserError
+from acn_scale.errors import RunFailed, UserError
 from acn_scale.files import csv_lines, write_together
-from acn_scale.results import Measurement, write_measurements
-from acn_scale.runs import read_config
+from acn_scale.results import Measurement, read_measurements, write_measurements
+from acn_scale.runs import read_config, read_json
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,36 @@ class Split:
     index: ShardIndex
     task: Task
     server: str | None
+
+
+def evaluate_tasks(
+    sources: Sequence[Path],
+    device: torch.device,
+    *,
+    data: str | None = None,
+    noises: dict[str, TextNoise] | None = None,
+    out: Path | None = None,
+) -> Iterator[str]:
+    """evaluate_task() of one source after the other: what it found, as text. One that fails does not stop the others.
+
+    Raises UserError or RunFailed at the end, as the first that failed did, naming all that did.
+    """
+    if out and len(sources) > 1:
+        raise UserError(f"--out {out}: is for the results of one source, and there are {len(sources)}")
+    failures: list[tuple[Path, UserError | RunFailed]] = []
+    for source in sources:
+        try:
+            found = evaluate_task(source, device, data=data, noises=noises, out=out)
+        except (UserError, RunFailed) as error:
+            failures.append((source, error))
+        else:
+            yield f"{source}\n{summaries(found)}" if len(sources) > 1 else summaries(found)
+    if failures and len(sources) == 1:
+        raise failures[0][1]
+    if failures:
+        said = [str(error).removeprefix(f"{source}: ") for source, error in failures]
+        named = "; ".join(f"{source}: {text}" for (source, _), text in zip(failures, said, strict=True))
+        raise type(failures[0][1])(f"{len(failures)} of {len(sources)} failed: {named}")
 
 
 def evaluate_task(
@@ -63,6 +94,8 @@ def evaluate_task(
         splits = _splits(Path(cfg.eval), net, source)
         if noises and all(split.server for split in splits):
             raise UserError(f"--data {cfg.eval}: has no labels, by which to judge what noise does")
+        run = run_of(source, net)
+        start = run and start_task(run)
     model, digest = net.model.to(device), net.digest()
     found, files = [], {}
     passes = [(split, name, noise) for split in splits for name, noise in (noises or {"": None}).items()]
@@ -83,12 +116,26 @@ def evaluate_task(
         if split.server:
             files[f"submission/{split.server}.tsv"] = _submission(predictions, split, evaluation.samples)
         else:
-            found += _measured(predictions, split, name, digest, seed)
+            found += _measured(predictions, split, name, digest, seed, start)
         if not noise:
             files[f"eval/predictions/{split.name}.tsv"] = as_table(predictions, labelled=not split.server)
-    if distributed.rank() == 0:
-        _write(folder, found, files)
+    with distributed.together():
+        if distributed.rank() == 0:
+            _write(folder, found, files)
     return found
+
+
+def is_evaluated(run: Path) -> bool:
+    """Whether all that evaluate_task would write of a run is there: of its weights, and newer than the shards."""
+    net = read_model(run)
+    splits = _splits(Path(_data_of(run, net, None)[0].eval), net, run)
+    paths = {run / (f"submission/{split.server}.tsv" if split.server else f"eval/{split.name}.json"): split
+             for split in splits}  # fmt: skip
+    if any(not path.exists() or path.stat().st_mtime < (split.index.folder / INDEX_NAME).stat().st_mtime
+           for path, split in paths.items()):  # fmt: skip
+        return False
+    names, digest = {split.name for split in splits}, net.digest()
+    return all(each.checkpoint == digest for each in read_measurements(run) if each.task in names)
 
 
 def _write(folder: Path, found: Sequence[Measurement], files: dict[str, bytes]) -> None:
@@ -137,7 +184,7 @@ def _splits(folder: Path, net: Network, source: Path) -> list[Split]:
     name = ShardIndex.load(folder).info.get("task")
     if name not in TASKS:
         raise UserError(f"{folder}: its index names no task of GLUE; tools/make_glue_shards.py makes such shards")
-    learnt = _task_of(net)
+    learnt = _task_of(net.card.data)
     if learnt not in (None, name) and (learnt, name) != ("mnli", "ax"):
         raise UserError(f"--data {folder}: holds {name}; {source} was trained on {learnt}")
     if folder.resolve().name not in TASKS[name].splits or folder.resolve().name == "train":
@@ -154,10 +201,16 @@ def _splits(folder: Path, net: Network, source: Path) -> list[Split]:
     return found
 
 
-def _task_of(net: Network) -> str | None:
-    """What it was fine-tuned on, by its shards, or by their folder as make_glue_shards names it; None where neither
-    tells."""
-    shards = Path(net.card.data or "")  # of an export, its last two parts
+def start_task(run: Path) -> str | None:
+    """What the network that a run started from had been fine-tuned on."""
+    return _task_of(read_json(run / START)["data"]) if (run / START).exists() else None
+
+
+def _task_of(data: str | None) -> str | None:
+    """What a network was fine-tuned on, by its shards, or by their folder as make_glue_shards names it; None where
+    neither tells.
+    """
+    shards = Path(data or "")  # of an export, its last two parts
     if (shards / INDEX_NAME).exists():
         return ShardIndex.load(shards).info.get("task")
     return shards.parent.name if shards.parent.name in TASKS else None
@@ -165,12 +218,18 @@ def _task_of(net: Network) -> str | None:
 
 def _written(predictions: Predictions, task: Task) -> Predictions:
     """With logits (samples, depths, classes) made classes, or rounded numbers: (samples, depths)."""
-    logits = predictions.outputs
-    made = logits.argmax(axis=-1) if task.labels else logits[..., 0].astype(np.float64).round(DIGITS)
-    return Predictions(predictions.samples, predictions.labels, made)
+    labels, logits = predictions.labels, predictions.outputs
+    if task.labels:
+        return Predictions(predictions.samples, labels, logits.argmax(axis=-1))
+    # A batch has labels in fp32; measured are the decimals that stand for them in the file.
+    decimals = labels.astype(str).astype(np.float64)
+    return Predictions(predictions.samples, decimals, logits[..., 0].astype(np.float64).round(DIGITS))
 
 
-def _measured(predictions: Predictions, split: Split, name: str, digest: str, seed: int | None) -> list[Measurement]:
+def _measured(
+    predictions: Predictions, split: Split, name: str, digest: str, seed: int | None, start: str | None = None
+) -> list[Measurement]:
+    """start: the task that the network had learnt before, if any."""
     labels, classes = predictions.labels, len(split.task.labels)
     found = []
     for depth, said in enumerate(predictions.outputs.T):
@@ -189,7 +248,7 @@ def _measured(predictions: Predictions, split: Split, name: str, digest: str, se
                     depth=depth,
                     checkpoint=digest,
                     seed=seed,
-                    note=note,
+                    note="; ".join(filter(None, [start and f"from {start}", note])) or None,
                 )
             )
     return found

@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from acn_scale.config import BertConfig
 from acn_scale.models.base import Model
-from acn_scale.models.layers import MLP, Attention, Dropout, build_trunk, initialize
+from acn_scale.models.initial_weights import initialize
+from acn_scale.models.layers import MLP, Attention, Dropout, build_trunk
+from acn_scale.models.tokens import Layout, first_token, take
 from acn_scale.models.trunk import Readouts
 
 BERT_EPS = 1e-12  # of LayerNorm, as in BERT
@@ -39,7 +41,7 @@ class BertEmbed(nn.Module):
 
 
 class MaskedLanguageHead(nn.Module):
-    """dense -> GELU -> LayerNorm -> decoder tied to the token embedding, at the masked positions only."""
+    """dense -> GELU -> LayerNorm -> decoder tied to the token embedding."""
 
     def __init__(self, cfg: BertConfig) -> None:
         super().__init__()
@@ -48,9 +50,9 @@ class MaskedLanguageHead(nn.Module):
         self.norm = nn.LayerNorm(cfg.dim, eps=BERT_EPS)
         self.decoder = nn.Linear(cfg.dim, cfg.vocab_size)
 
-    def forward(self, x: Tensor, masked: Tensor) -> Tensor:
-        """x: (batch, tokens, dim), masked: (batch, masked) positions -> logits (batch, masked, vocab_size)."""
-        x = x.gather(1, masked[..., None].expand(-1, -1, x.shape[-1]))
+    def forward(self, x: Tensor, masked: Tensor | None = None) -> Tensor:
+        """x: (batch, tokens, dim) -> logits (batch, tokens, vocab_size), or at `masked` positions, (batch, masked)."""
+        x = x if masked is None else take(x, masked)
         return self.decoder(self.norm(F.gelu(self.dense(self.final_norm(x)))))
 
 
@@ -86,6 +88,7 @@ class Bert(Model):
 
         self.embed = BertEmbed(cfg)
         self.trunk = build_trunk(cfg, ops, eps=BERT_EPS, post_norm=cfg.norm == "post")
+        self.by_sample = cfg.drop_path > 0
         self.head = ClassificationHead(cfg) if cfg.num_classes else MaskedLanguageHead(cfg)
         initialize(self, cfg.init)
         if not cfg.num_classes:
@@ -101,13 +104,26 @@ class Bert(Model):
     ) -> dict[str, Tensor]:
         """tokens, segments, mask: (batch, tokens), mask False at padding; masked: (batch, masked) positions to predict.
 
-        labels: (batch, masked) token ids, or, without `masked`, (batch,) classes, or numbers where num_classes is 1.
-        Returns "logits" (batch, masked, vocab_size) or (batch, num_classes) and, with labels, "loss".
+        labels: (batch, masked) token ids, or of a classifier (batch,) classes, or numbers where num_classes is 1.
+        Returns "logits" (batch, masked, vocab_size), of all positions without `masked`, or (batch, num_classes) and,
+        with labels, "loss".
         """
         x = self.embed(tokens, segments)
+        if self._leaves_padding_out(mask, labels):
+            layout = Layout.of(mask)
+            logits = self.head(self.trunk(layout.flat(x), layout, layout.firsts()).transpose(0, 1))
+            return {"logits": logits, "loss": self.loss(logits, labels)}
+        read = first_token(x) if isinstance(self.head, ClassificationHead) else masked
         if labels is None:
-            return {"logits": self.head(self.trunk(x, mask), masked)}
-        return self.supervised(x, mask, lambda x: self.head(x, masked), lambda logits: self.loss(logits, labels))
+            return {"logits": self.head(self.trunk(x, mask, read))}
+        return self.supervised(x, mask, read, lambda logits: self.loss(logits, labels))
+
+    def _leaves_padding_out(self, mask: Tensor | None, labels: Tensor | None) -> bool:
+        """A classifier in training does, but for what is drawn by the sample or read out at several depths."""
+        if not self.training or labels is None or mask is None or not isinstance(self.head, ClassificationHead):
+            return False
+        # The head takes what stands first, and in what others pad that may be padding.
+        return not (self.by_sample or self.trunk.drop_rates or self.loss_weights) and bool(mask[:, 0].all())
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """() mean cross-entropy, or mean square of the error."""

@@ -26,8 +26,12 @@ class Classifier(Model):
         """
         x = self.embed(images)
         if labels is None:
-            return {"logits": self.head(self.trunk(x))}
-        return self.supervised(x, None, self.head, lambda logits: self.loss(logits, labels))
+            return {"logits": self.head(self.trunk(x, read=self.read(x)))}
+        return self.supervised(x, None, self.read(x), lambda logits: self.loss(logits, labels))
+
+    def read(self, x: Tensor) -> Tensor | None:
+        """x: (batch, tokens, dim) -> (batch, read): numbers of the tokens that the trunk need give; None: all."""
+        return None
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """() mean cross-entropy."""

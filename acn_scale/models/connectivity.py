@@ -10,12 +10,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from acn_scale.models.tokens import take
+
 State = tuple[Tensor, ...]
 Block = Callable[..., Tensor]
 
 
 class Connectivity(nn.Module):
     """The join at block `index`. The trunk calls it, so that ZeRO-3 gathers its parameters; use them only there."""
+
+    first_is_input = True  # whether state[0] is what a block is given
 
     def __init__(self, dim: int, index: int) -> None:
         super().__init__()
@@ -33,6 +37,11 @@ class Connectivity(nn.Module):
     def readout(state: State) -> Tensor:
         """state -> (batch, tokens, dim): the trunk's output if it is cut here."""
         return state[0]
+
+    @staticmethod
+    def at(state: State, read: Tensor) -> State:
+        """The state of some tokens alone; read: (batch, read), their numbers. What attention looks at stays whole."""
+        return tuple(take(part, read) for part in state)
 
 
 class Feedforward(Connectivity):
@@ -118,6 +127,10 @@ class HybridAutoCompressing(AutoCompressing):
         y = block(x)
         return (y + carried, total + y, *gate)
 
+    @staticmethod
+    def at(state: State, read: Tensor) -> State:
+        return (*AutoCompressing.at(state[:2], read), *state[2:])
+
 
 class Highway(Connectivity):
     """x_i = g v_i + (1 - g) x_{i-1}, g = sigmoid(W x_{i-1} + b), b = -2 at first; output x_L.
@@ -182,6 +195,10 @@ class ValueResidual(Connectivity):
             y = block(x)
         return (x + y, *values)
 
+    @staticmethod
+    def at(state: State, read: Tensor) -> State:
+        return (take(state[0], read), *state[1:])
+
 
 class Dense(Connectivity):
     """x_i = W_i [v_0; ...; v_i]; output x_L (after Huang et al. 2017, arXiv 1608.06993).
@@ -233,6 +250,7 @@ class HyperConnections(Connectivity):
     """
 
     streams = 4
+    first_is_input = False
 
     def __init__(self, dim: int, index: int) -> None:
         super().__init__(dim, index)

@@ -1,4 +1,4 @@
-"""Sublayers, blocks and patch embedding that the models are built from, and their initial weights."""
+"""Sublayers, and the blocks that the models are built from."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from acn_scale.config import TrunkConfig
 from acn_scale.models.connectivity import patterns
+from acn_scale.models.tokens import Layout, Mask, first_token, take
 from acn_scale.models.trunk import Trunk
 
 EPS = 1e-6  # of LayerNorm in ViT and Mixer, as in timm and big_vision
@@ -47,15 +48,23 @@ class Attention(nn.Module):
         self.out_norm = nn.LayerNorm(dim, eps=EPS) if out_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, first: Tensor | None = None
+        self, x: Tensor, mask: Mask | None = None, first: Tensor | None = None, *, read: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x: (batch, tokens, dim), mask: (batch, tokens), False where nothing may look -> (batch, tokens, dim).
 
-        first, and the second output with `first_values`: (batch, num_heads, tokens, head_dim).
+        read: (batch, read), numbers of the tokens that look; default: all -> (batch, read, dim). first, and the second
+        output with `first_values`: (batch, num_heads, tokens, head_dim). With a Layout, x is (1, total, dim), and what
+        looks is all or the first token of each sequence, (1, batch).
         """
-        batch, tokens, dim = x.shape
+        qkv, layout = self.qkv(x), mask if isinstance(mask, Layout) else None
+        if layout is not None:
+            qkv, mask = layout.padded(qkv), layout.mask
+            read = read if read is None else first_token(qkv)
+        batch, tokens, dim = *qkv.shape[:2], x.shape[-1]
         # Taken apart before they are transposed, so that their gradients are put together where they belong.
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads).unbind(2)
+        qkv = qkv.view(batch, tokens, 3, self.num_heads, dim // self.num_heads).unbind(2)
+        if read is not None:
+            qkv = (take(qkv[0], read), *qkv[1:])
         q, k, v = (each.transpose(1, 2) for each in qkv)  # each (batch, num_heads, tokens, head_dim)
         if first is None:
             first = v
@@ -71,7 +80,10 @@ class Attention(nn.Module):
         else:
             dropout = self.dropout.p if self.training else 0.0
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        x = self.out_norm(self.proj(x.transpose(1, 2).reshape(batch, tokens, dim)))
+        x = x.transpose(1, 2).flatten(2)
+        if layout is not None:
+            x = layout.flat(x) if read is None else x.transpose(0, 1)
+        x = self.out_norm(self.proj(x))
         return (x, first) if self.first_values else x
 
 
@@ -97,7 +109,7 @@ class MLP(nn.Module):
         self.fc2 = linear(mlp_dim, dim)
         self.bypass = bypass
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:
         """x: (batch, tokens, dim) -> (batch, tokens, dim); the mask is not needed."""
         hidden = self.fc1(x)
         if self.bypass:
@@ -132,12 +144,14 @@ class Sublayer(nn.Module):
         self.dropout = Dropout(dropout)
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, *more: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, mask: Mask | None = None, *more: Tensor, **read: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
         """x: (batch, tokens, dim), mask: (batch, tokens) or None -> (batch, tokens, dim).
 
         What else is given goes to the op, and what else it gives comes with the output.
         """
-        y = self.op(self.norm(x), mask, *more)
+        y = self.op(self.norm(x), mask, *more, **read)
         y, *rest = y if isinstance(y, tuple) else (y,)
         y = self.dropout(y)
         if self.drop_path and self.training:
@@ -194,103 +208,7 @@ def build_trunk(
             cfg.dim,
             norms=norms if post_norm else (),
             within=index * len(ops) if through else None,
+            looks=0,
         )
         blocks.append(wrap(block) if wrap else block)
     return Trunk(blocks, between, cfg.dim, recompute=cfg.recompute, through=through)
-
-
-class PatchEmbed(nn.Module):
-    """Image -> tokens: linear patches, an optional class token in front, position embedding, dropout."""
-
-    def __init__(
-        self,
-        *,
-        image_size: int,
-        patch_size: int,
-        channels: int,
-        dim: int,
-        class_token: bool,
-        positions: str | None,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.image_shape = (channels, image_size, image_size)
-        side = image_size // patch_size
-        self.num_tokens = side * side + class_token
-        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
-        self.cls_token = nn.Parameter(torch.zeros(dim)) if class_token else None
-        self.pos_embed = nn.Parameter(torch.zeros(self.num_tokens, dim)) if positions == "learned" else None
-        if positions == "sincos":
-            table = sincos_positions(side, dim)
-            table = torch.cat([torch.zeros(int(class_token), dim), table])
-            self.register_buffer("pos_table", table, persistent=False)
-        self.positions = positions
-        self.dropout = Dropout(dropout)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images: (batch, channels, image_size, image_size) -> (batch, num_tokens, dim).
-
-        Raises ValueError for images of another shape.
-        """
-        if images.shape[1:] != self.image_shape:
-            raise ValueError(f"images of shape {tuple(images.shape[1:])}: the model takes {self.image_shape}")
-        x = self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], 1, -1), x], dim=1)
-        if self.positions is not None:
-            x = x + (self.pos_embed if self.positions == "learned" else self.pos_table.to(x.dtype))
-        return self.dropout(x)
-
-
-def sincos_positions(side: int, dim: int, temperature: float = 10_000.0) -> Tensor:
-    """Fixed 2-D position embedding (side * side, dim) of Beyer et al. 2022 (arXiv 2205.01580); dim divides by 4."""
-    if dim % 4:
-        raise ValueError(f"dim = {dim}: sincos positions take a multiple of 4")
-    frequencies = temperature ** -(torch.arange(dim // 4) / (dim // 4 - 1))
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    rows = rows.flatten()[:, None] * frequencies
-    columns = columns.flatten()[:, None] * frequencies
-    return torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1)
-
-
-@torch.no_grad()
-def initialize(model: nn.Module, scheme: str) -> None:
-    """Set the initial weights of a whole model, in place. Joins keep the start that their pattern defines.
-
-    scheme   linear, patches      embeddings, positions, class token    biases
-    xavier   uniform (Glorot)     N(0, 0.02)                            0
-    normal   N(0, 0.02)           N(0, 0.02)                            0
-    torch    PyTorch's default    N(0, 1), as in the ACN authors' code  PyTorch's default
-
-    identity: as xavier, but for the maps that a block without skips is made of, which begin as the identity where they
-    are wide enough: W and its transpose of a random orthogonal W for an attention's values and projection, and
-    [W; -W] and [W' -W'] for an MLP ("looks linear", Balduzzi et al. 2017, arXiv 1702.08591): GELU(x) - GELU(-x) = x.
-    """
-    std = 1.0 if scheme == "torch" else 0.02
-    for name, module in model.named_modules():
-        if "joins" in name.split("."):
-            continue
-        if isinstance(module, nn.Linear | nn.Conv2d) and scheme != "torch":
-            weight = module.weight.view(len(module.weight), -1)
-            if scheme == "normal":
-                nn.init.normal_(weight, std=std)
-            else:
-                nn.init.xavier_uniform_(weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, PatchEmbed):
-            for parameter in (module.cls_token, module.pos_embed):
-                if parameter is not None:
-                    nn.init.normal_(parameter, std=std)
-    for module in model.modules() if scheme == "identity" else ():
-        if isinstance(module, Attention):
-            dim = len(module.proj.weight)
-            nn.init.orthogonal_(module.proj.weight)
-            module.qkv.weight[2 * dim :] = module.proj.weight.T
-        elif isinstance(module, MLP):
-            half, dim = len(module.fc1.weight) // 2, len(module.fc2.weight)
-            weight = nn.init.orthogonal_(module.fc1.weight.new_empty(half, dim))
-            module.fc1.weight[: 2 * half] = torch.cat([weight, -weight])
-            module.fc2.weight[:, : 2 * half] = torch.cat([weight.T, -weight.T], dim=1)

@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from acn_scale.config import MixerConfig
 from acn_scale.models.classifier import Classifier
-from acn_scale.models.layers import EPS, MLP, OverTokens, PatchEmbed, Wrapper, build_trunk, initialize
+from acn_scale.models.initial_weights import initialize
+from acn_scale.models.layers import EPS, MLP, OverTokens, Wrapper, build_trunk
+from acn_scale.models.patches import PatchEmbed
 
 
 class MixerHead(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from acn_scale.models.connectivity import CONNECTIVITY, State, Through
+from acn_scale.models.tokens import Mask, take
 
 Readouts = Generator[Any, Tensor | None, None]  # what it is sent picks the samples that go on
 
@@ -27,7 +28,8 @@ class Trunk(nn.Module):
     """Blocks and the joins between them. A block is itself a Trunk of two sublayers with a pattern of its own.
 
     A block is called as block(x, mask). With `through`, the pattern goes on through the blocks, as block(state, mask):
-    they are trunks of the same pattern with `within`, the number of sublayers below them.
+    they are trunks of the same pattern with `within`, the number of sublayers below them. `looks`: which of the blocks
+    is the last to look at other tokens: the last of all, and the first of a block's sublayers.
     `norms` follow each join (post-LN), on state[0], for patterns that carry one stream there and no sum beside it.
     """
 
@@ -41,6 +43,7 @@ class Trunk(nn.Module):
         recompute: bool = False,
         through: bool = False,
         within: int | None = None,
+        looks: int = -1,
     ) -> None:
         super().__init__()
         self.pattern = CONNECTIVITY[connectivity]
@@ -49,40 +52,68 @@ class Trunk(nn.Module):
         self.joins = nn.ModuleList(join(dim, first + index) for index in range(len(self.blocks)))
         self.norms = nn.ModuleList(norms)
         self.recompute = recompute
+        self.through, self.looks = through, looks
         self.is_inner = within is not None  # and not the number: blocks that are alike are compiled once
         self.drop_rates: Sequence[float] = ()  # of each block, in training; empty: no block is dropped
 
     def states(
-        self, state: State, mask: Tensor | None = None, view: Callable[[State], Any] = lambda state: state
+        self,
+        state: State,
+        mask: Mask | None = None,
+        view: Callable[[State], Any] = lambda state: state,
+        read: Tensor | None = None,
     ) -> Readouts:
         """state before the first block -> view(state) at depth 0, 1, ..., number of blocks.
 
-        What is sent to it, an index into the batch such as a (batch,) bool, picks the samples that go on.
+        read: as in forward(); after the block that `looks`, the state is of those tokens alone. What is sent to it, an
+        index into the batch such as a (batch,) bool, picks the samples that go on.
         """
         for index, (block, join) in enumerate(zip(self.blocks, self.joins, strict=True)):
             keep = yield view(state)
             if keep is not None:
                 state = tuple(part[keep] for part in state)
                 mask = mask if mask is None else mask[keep]
+            run = partial(self._run, block, mask)
+            if read is not None and index == self.looks % len(self.blocks):
+                run = partial(run, whole=state if self.through else state[0], read=read)
+                state = self.pattern.at(state, read)
             before = state
-            state = join(state, partial(self._run, block, mask))
+            state = join(state, run)
             if self.norms:
                 state = (self.norms[index](state[0]), *state[1:])
             if self.training and self.drop_rates:
                 state = drop(before, state, self.drop_rates[index])
         yield view(state)
 
-    def _run(self, block: nn.Module, mask: Tensor | None, x: Tensor | State, *more: Tensor) -> Any:
+    def _run(
+        self,
+        block: nn.Module,
+        mask: Mask | None,
+        x: Tensor | State,
+        *more: Tensor,
+        whole: Tensor | State | None = None,
+        **read: Tensor,
+    ) -> Any:
+        """whole: what the block is given where x is of the tokens to read alone."""
+        x = x if whole is None else whole
         if self.recompute and self.training:
-            return checkpoint(block, x, mask, *more, use_reentrant=False)
-        return block(x, mask, *more)
+            return checkpoint(block, x, mask, *more, use_reentrant=False, **read)
+        return block(x, mask, *more, **read)
 
-    def forward(self, x: Tensor | State, mask: Tensor | None = None) -> Tensor | State:
-        """x: (batch, tokens, dim) -> (batch, tokens, dim); within another trunk, its state -> its state."""
+    def forward(self, x: Tensor | State, mask: Mask | None = None, read: Tensor | None = None) -> Tensor | State:
+        """x: (batch, tokens, dim) -> (batch, tokens, dim); within another trunk, its state -> its state.
+
+        read: (batch, read), numbers of the tokens that are wanted -> (batch, read, dim). For the others, nothing is
+        computed that only the output needs: most of the last block.
+        """
         first = x if self.is_inner else self.pattern.start(x)
-        for each in self.states(first, mask):
+        early = read is not None and self.pattern.first_is_input and len(self.blocks) > 0
+        for each in self.states(first, mask, read=read if early else None):
             state = each  # none of those before it, a running sum each, is kept
-        return state if self.is_inner else self.pattern.readout(state)
+        if self.is_inner:
+            return state
+        out = self.pattern.readout(state)
+        return out if read is None or early else take(out, read)
 
     def readouts(
         self, x: Tensor, mask: Tensor | None = None, head: Callable[[Tensor], Tensor] = lambda x: x

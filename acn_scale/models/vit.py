@@ -4,7 +4,10 @@ from torch import Tensor, nn
 
 from acn_scale.config import ViTConfig
 from acn_scale.models.classifier import Classifier
-from acn_scale.models.layers import EPS, MLP, Attention, PatchEmbed, build_trunk, initialize
+from acn_scale.models.initial_weights import initialize
+from acn_scale.models.layers import EPS, MLP, Attention, build_trunk
+from acn_scale.models.patches import PatchEmbed
+from acn_scale.models.tokens import first_token
 
 
 class ViTHead(nn.Module):
@@ -49,3 +52,6 @@ class ViT(Classifier):
         self.trunk = build_trunk(cfg, ops)
         self.head = ViTHead(cfg)
         initialize(self, cfg.init)
+
+    def read(self, x: Tensor) -> Tensor | None:
+        return first_token(x) if self.head.pool == "cls" else None

@@ -70,8 +70,8 @@ def _open(given: Path, data: str | None) -> Subject:
         name = f"{whole.parents[1].name}/{whole.name}" if checkpoint else whole.name
         is_run = True
     evaluation = evaluation_of(config, net.card.model, batch_size=batch_size)
-    if net.tokenizer is not None and isinstance(config, TextDataConfig):
-        _check_tokenizer(net.tokenizer, config)
+    if TOKENIZER_NAME in net.tokenizer and isinstance(config, TextDataConfig):
+        _check_tokenizer(net.tokenizer[TOKENIZER_NAME], config)
     return Subject(name, given, folder, is_run, net, config, evaluation)
 
 

@@ -12,7 +12,7 @@ from acn_scale.downstream.image_evaluation import evaluate_images
 from acn_scale.downstream.image_sets import ImageSet, open_subject
 from acn_scale.downstream.noise_table import HEAD, ON, PUBLISHED, accuracy_under_noise
 from acn_scale.runs import run_folder
-from acn_scale.studies.depth import twins
+from acn_scale.studies.depth import OTHERWISE, twins
 from acn_scale.studies.study import TOLERANCE, TWINS, Findings, Runs, Setting, Study, paired, per_cent
 
 KINDS = ("gaussian", "salt_pepper")
@@ -46,7 +46,7 @@ def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
             columns = zip(*(seed[place] for seed in measured[name]), strict=True)
             table.append([name, depth, *map(per_cent, columns)])
     table += [[name, "", *(f"{value:.2f}" for value in values)] for name, values in PUBLISHED.items()]
-    return Findings(table, picture(measured), [*sentences(_by_depth(alike)), *differences(setting)])
+    return Findings(table, picture(measured), [*sentences(_by_depth(alike)), *differences()])
 
 
 def _by_depth(runs: Mapping[str, Runs]) -> dict[str, list[list[list[float]]]]:
@@ -72,10 +72,9 @@ def sentences(measured: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> li
     return [*said, f"Published: {paper[0]:.1f} points and {paper[1]:.1f}."]
 
 
-def differences(setting: Setting) -> list[str]:
+def differences() -> list[str]:
     said = f"{ON['']} The paper does not say where its noise was put, nor at which depth its AC-ViT was read out."
-    small = "The published values are of ViT-B/16 on ImageNet-1K, trained for 300 and 700 epochs."
-    return [said, small] if setting.scale == "laptop" else [said]
+    return [said, OTHERWISE["depth-vit"]]
 
 
 def picture(measured: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> Figure:

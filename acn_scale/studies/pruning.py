@@ -26,12 +26,14 @@ from acn_scale.studies.study import (
     spread,
 )
 
-SHARE, TIMES = 0.4, 6  # of what is left, after each epoch: Dorovatas et al. 2025, app. G, variant II of movement
-SPARSITIES = [1 - (1 - SHARE) ** times for times in range(TIMES + 1)]
+SHARES, TIMES = (0.2, 0.4), 6  # of what is left, after each epoch: Dorovatas et al. 2025, app. G, variants I and II
+SPARSITIES = {share: [1 - (1 - share) ** times for times in range(TIMES + 1)] for share in SHARES}
 # Steps between two prunings: an epoch of SST-2's 67,349 sentences in batches of 64, and less at laptop scale.
 EVERY = {"laptop": 50, "paper": 1052}
-CUT, WHOLE, MOVEMENT = f"magnitude, cut within {TOLERANCE} points", "magnitude, all blocks", "movement, all blocks"
-PUBLISHED = {"acn": "above its twin, more so at high sparsity (no numbers)"}
+CUT, WHOLE = f"magnitude, cut within {TOLERANCE} points", "magnitude, all blocks"
+MOVEMENT = {share: f"movement, {share:.0%} of what is left at a time, all blocks" for share in SHARES}
+ZEROS = dict.fromkeys((CUT, WHOLE), SPARSITIES[SHARES[-1]]) | {MOVEMENT[share]: SPARSITIES[share] for share in SHARES}
+PUBLISHED = "the ACN above, more so at high sparsity (no numbers)"  # of whole networks
 
 
 def trials(setting: Setting) -> list[Trial]:
@@ -40,24 +42,29 @@ def trials(setting: Setting) -> list[Trial]:
     for name, prefix in TWINS.items():
         every = EVERY[setting.scale]
         # In steps: seven epochs may be a step more than seven times what one is rounded to.
-        prune = [f"train.length={(TIMES + 1) * every}step", f"prune.share={SHARE}"]
+        prune = [f"train.length={(TIMES + 1) * every}step"]
         prune += [f"{key}={every}step" for key in ("prune.every", "eval.every")]
         if setting.scale == "paper":
             found.append(Trial(f"{name}-pretrained", CONFIGS / f"bert/{prefix}_bert_base.toml"))
             sst2 = [f"data.{split}=data/glue/sst2/{split}" for split in ("train", "eval")]
             config = CONFIGS / "glue" / "paper.toml"
             found.append(Trial(name, config, sst2, after=f"{name}-pretrained"))
-            values = [*sst2, "train.zero_stage=0", "train.precision=fp32", *prune]
-            found.append(Trial(f"{name}-movement", config, values, after=name))
+            values, data = [*sst2, "train.zero_stage=0", "train.precision=fp32", *prune], None
         else:
             config, connectivity = CONFIGS / "studies" / "mixer.toml", f"model.connectivity={name}"
             found.append(Trial(name, config, [connectivity], "images"))
-            values = [connectivity, "optim.lr=5e-4", *prune]
-            found.append(Trial(f"{name}-movement", config, values, "images", after=name))
+            values, data = [connectivity, "optim.lr=5e-4", *prune], "images"
+        for share in SHARES:
+            found.append(Trial(moved(name, share), config, [*values, f"prune.share={share}"], data, after=name))
     return found
 
 
-Curves = list[list[float]]  # accuracy (0..1) at each of SPARSITIES, for each run
+def moved(name: str, share: float) -> str:
+    """What the run of a twin is called that loses that share of its weights at a time."""
+    return f"{name}-movement-{100 * share:.0f}"
+
+
+Curves = Sequence[Sequence[float]]  # accuracy (0..1) at each sparsity of ZEROS, for each run
 
 
 def by_magnitude(runs: Runs, *, cut: bool) -> Curves:
@@ -67,7 +74,7 @@ def by_magnitude(runs: Runs, *, cut: bool) -> Curves:
         (subject,) = open_subjects([run_folder(cfg)], None)
         if cut:
             subject = replace(subject, network=subject.network.cut_within(TOLERANCE))
-        points, _ = magnitude_curve(subject, SPARSITIES)
+        points, _ = magnitude_curve(subject, ZEROS[CUT])
         found.append([point["accuracy"] for point in points])
     return found
 
@@ -77,8 +84,8 @@ def by_movement(runs: Runs) -> Curves:
     found = []
     for folder in map(run_folder, runs.configs):
         curve = [point["accuracy"] for point in movement_curve(folder)]
-        if len(curve) != len(SPARSITIES):
-            raise UserError(f"{folder}/metrics.jsonl: evaluated at {len(curve)} sparsities, must be {len(SPARSITIES)}")
+        if len(curve) != TIMES + 1:
+            raise UserError(f"{folder}/metrics.jsonl: evaluated at {len(curve)} sparsities, must be {TIMES + 1}")
         found.append(curve)
     return found
 
@@ -86,28 +93,27 @@ def by_movement(runs: Runs) -> Curves:
 def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
     """Accuracy at each sparsity, and where the ACN is above its twin."""
     twins = dict(zip(TWINS, paired(*(runs[name] for name in TWINS)), strict=True))
-    moved = dict(zip(TWINS, paired(*(runs[f"{name}-movement"] for name in TWINS)), strict=True))
     found = {
         CUT: {name: by_magnitude(each, cut=True) for name, each in twins.items()},
         WHOLE: {name: by_magnitude(each, cut=False) for name, each in twins.items()},
-        MOVEMENT: {name: by_movement(each) for name, each in moved.items()},
     }
-    zeros = [f"{100 * share:.0f} % zero" for share in SPARSITIES]
-    table = [["network", "pruned by", "blocks", *zeros, "published"]]
+    for share, way in MOVEMENT.items():
+        pruned = paired(*(runs[moved(name, share)] for name in TWINS))
+        found[way] = {name: by_movement(each) for name, each in zip(TWINS, pruned, strict=True)}
+    table = [["pruned by", "zeros", *(f"{name} (%)" for name in TWINS), "published"]]
     for way, curves in found.items():
-        for name, each in curves.items():
-            depths = [max(1, cut) for cut in twins[name].cutoffs] if way == CUT else _blocks(twins[name])
-            cells = [per_cent(column) for column in zip(*each, strict=True)]
-            table.append([name, way, spread(depths), *cells, PUBLISHED.get(name, "")])
+        for index, zeros in enumerate(ZEROS[way]):
+            cells = [per_cent([curve[index] for curve in each]) for each in curves.values()]
+            table.append([way, f"{zeros:.0%}", *cells, PUBLISHED if zeros and way != CUT else ""])
     sentences = [_compared(way, *curves.values()) for way, curves in found.items()]
-    sentences.append("Zeros are counted among the linear weights of the blocks that are there.")
+    left = " and ".join(f"the {name}'s {spread([max(1, k) for k in each.cutoffs])}" for name, each in twins.items())
+    sentences.append(
+        f"The cut networks' blocks: {left}; the paper cuts none before it prunes. Zeros are counted among the linear "
+        "weights that are there."
+    )
     if setting.scale == "laptop":
         sentences.append("The published figure is of BERTs fine-tuned on SST-2.")
     return Findings(table, picture(found), sentences)
-
-
-def _blocks(runs: Runs) -> list[int]:
-    return [len(curve) - 1 for curve in runs.accuracy]
 
 
 def _compared(way: str, acn: Curves, twin: Curves) -> str:
@@ -120,17 +126,17 @@ def _compared(way: str, acn: Curves, twin: Curves) -> str:
     wins = sum(one[-1] > other[-1] for one, other in zip(acn, twin, strict=True))
     return (
         f"{way}: the ACN's mean accuracy is above its twin's at {above} of {TIMES} sparsities; at "
-        f"{SPARSITIES[-1]:.0%} zeros by {gaps[-1]:+.1f} points, above it on {wins} of {len(acn)} seeds."
+        f"{ZEROS[way][-1]:.0%} zeros by {gaps[-1]:+.1f} points, above it on {wins} of {len(acn)} seeds."
     )
 
 
-def picture(found: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> Figure:
+def picture(found: Mapping[str, Mapping[str, Curves]]) -> Figure:
     """A panel for each way of pruning."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    for axes, (way, curves) in zip(figure.subplots(1, len(found), sharey=True), found.items(), strict=True):
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    for axes, (way, curves) in zip(figure.subplots(2, 2, sharey=True).flat, found.items(), strict=True):
         for name, each in curves.items():
             percent = [[100 * value for value in curve] for curve in each]
-            band(axes, name, [100 * share for share in SPARSITIES], percent)
+            band(axes, name, [100 * zeros for zeros in ZEROS[way]], percent)
         label(axes, "zeros among the blocks' linear weights (%)", "accuracy (%)", way)
     return figure
 

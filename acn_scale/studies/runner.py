@@ -139,9 +139,9 @@ def _images(root: Path, trial: Trial, source: str) -> list[str]:
     folder = _images_of(root, source) / part
     resize = None if source == "digits" else SMALL
     for split in ("train", "eval"):
-        # All of the evaluation set, whatever is left out of the training set.
-        keys = {key: value for key, value in trial.selection.items() if split == "train" or key != "per_class"}
-        keys |= {"resize": resize, "square": resize is not None}
+        keys = dict(trial.selection)
+        numbers = {"train": keys.pop("per_class", None), "eval": keys.pop("eval_per_class", None)}
+        keys |= {"per_class": numbers[split], "resize": resize, "square": resize is not None}
         make_image_shards(source, split, folder / split, workers=os.cpu_count() or 1, **keys)
     info = ShardIndex.load(folder / "train").info
     values = [f'data.train="{folder}/train"', f'data.eval="{folder}/eval"']

@@ -21,6 +21,7 @@ from acn_scale.runs import read_metrics, read_result, run_folder
 CONFIGS = Path(__file__).parents[2] / "configs"
 TOLERANCE = 0.5  # points that the cut-off may lose
 TWINS = {"acn": "ac", "residual": "residual"}  # with what the names of their configs begin with
+AUTHORS = ("model.wrapper=true", "model.pool=cls", "model.init=torch")  # of a Mixer, as configs/mixer/authors_* have it
 
 
 class Setting(Section):
@@ -40,7 +41,8 @@ class Trial:
     config: Path
     overrides: Sequence[str] = ()
     data: Literal["images", "text"] | None = None  # that the study makes; None: what the config names
-    selection: Mapping[str, int] = field(default_factory=dict)  # of the images, as make_image_shards takes it
+    # Of the images, as make_image_shards takes it; per_class is for training, eval_per_class for evaluation.
+    selection: Mapping[str, int] = field(default_factory=dict)
     after: str | None = None  # the trial from whose run of the same seed it starts
     needed: bool = True  # False: the findings can do without it
 

@@ -1,88 +1,40 @@
-"""What could close the gap in training: ways to train an ACN, by the time that they take to their twin's accuracy."""
+"""Whether a way to train an ACN closes the gap in training: by the time that it takes to its twin's accuracy."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, product
 from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from acn_scale.cli import load_config
 from acn_scale.config import Config
 from acn_scale.data.shards import ShardIndex
-from acn_scale.durations import Horizon, lengthened
+from acn_scale.durations import Horizon
 from acn_scale.runs import read_json, read_metrics, run_folder
 from acn_scale.studies.pictures import label
 from acn_scale.studies.study import (
-    CONFIGS,
     TOLERANCE,
     Findings,
     Runs,
     Setting,
     Study,
-    Trial,
     common_seeds,
     difference,
     paired,
     per_cent,
+    spread,
     step_seconds,
 )
+from acn_scale.studies.training_ways import EVALUATED, OF_BERT, OWN_TWINS, RULES, TASKS, TWIN, WAYS, trials
 
-TWIN = "residual"
-CLIPPED_TWIN = "residual_clip_before_unscale"
-ACN = "model.connectivity=acn"
-CLIP = f"train.clip_norm={2**-16}"
-# What is changed in the run of the twin; nothing else is.
-WAYS: dict[str, tuple[str, ...]] = {
-    TWIN: (),
-    "acn": (ACN,),
-    "acn_longer": (ACN,),
-    "identity": (ACN, "model.init=identity"),  # blocks begin near the identity
-    "acn_scaled": ("model.connectivity=acn_scaled",),  # the sum weighs higher blocks less
-    "h_acn": ("model.connectivity=h_acn",),  # short connections with learned gates
-    "anneal": (ACN, "train.anneal=0.5run"),  # begins as its twin
-    "short_warmup": (ACN,),
-    "layer_decay": (ACN, "optim.layer_decay=0.9"),  # lower rates for lower blocks
-    "cut": (ACN, "depth.cut_while_training=true"),  # dead blocks
-    "muon": (ACN, "optim.name=muon", "train.zero_stage=1"),
-    # The authors' Mixers, ACN and twin alike, clip gradients to 1 while these still have fp16's loss scale, 2^16 at
-    # first: Adam's eps then matters.
-    "clip_before_unscale": (ACN, CLIP),
-    CLIPPED_TWIN: (CLIP,),
+# Dorovatas et al. 2025, sections 3 and 4: what an ACN took to its twin's accuracy, both at full depth.
+PUBLISHED = {
+    "vit-acn": "2.33 times the epochs (700, 300)",
+    "mixer-acn": "1.4 times the epochs (420, 300)",
+    "bert-acn": "2 times the epochs (2, 1), by loss",
 }
-LONGER = {"acn_longer": 1.5}  # times
-WARMUP = {"short_warmup": 0.5}  # times the config's own
-TASKS = {
-    "vit": ("studies/vit.toml", "vit/residual_vit_b16.toml"),
-    "mixer": ("studies/mixer.toml", "mixer/residual_mixer_cifar10.toml"),
-    "bert": ("studies/bert.toml", "bert/residual_bert_base.toml"),
-}
-# At laptop scale: steps, and what makes 31 runs a seed short enough.
-STEPS = {"vit": 200, "mixer": 250, "bert": 360}
-SMALLER = {"vit": "model.depth=9", "mixer": "model.depth=9", "bert": "model.depth=3"}
-# A BERT's steps are long, and its LayerNorms follow the joins, which not all patterns take.
-OF_BERT = (TWIN, "acn", "acn_longer", "acn_scaled", "anneal")
 DEPTH, TIME = 2 / 3, 1.1  # of the twin's: what a way may take to have closed the gap
-READINGS = 10  # evaluations in a run
-
-
-def trials(setting: Setting) -> list[Trial]:
-    """Each way on each task; on a BERT, those of OF_BERT."""
-    found = []
-    laptop = setting.scale == "laptop"
-    for task, (small, large) in TASKS.items():
-        config, data = CONFIGS / (small if laptop else large), "text" if task == "bert" else "images"
-        cfg = load_config(config, [])
-        usual = f"{STEPS[task]}step" if laptop else cfg.train.length
-        values = [f"{key}={1 / READINGS}run" for key in ("eval.every", "train.log_every")]
-        values += ["model.connectivity=residual", *[SMALLER[task]] * laptop]
-        for way in OF_BERT if task == "bert" else WAYS:
-            length = lengthened(usual, LONGER[way]) if way in LONGER else usual
-            keys = [*values, f"train.length={length}", *WAYS[way]]
-            if way in WARMUP:
-                keys.append(f"optim.warmup={lengthened(cfg.optim.warmup, WARMUP[way])}")
-            found.append(Trial(f"{task}-{way}", config, keys, data if laptop else None, needed=way == TWIN))
-    return found
 
 
 @dataclass(frozen=True)
@@ -131,24 +83,34 @@ def gap(run: Sequence[Reading], twin: Reading) -> float:
 
 def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
     said = ["accuracy (%)", "at two thirds of the depth (%)", "seeds that reached the twin", "steps", "wall-clock"]
-    table, closed, gaps = [["task", "way", *said]], {}, {}
-    twin_of = {name: runs[f"{name.partition('-')[0]}-{TWIN}"] for name in runs}
-    alone = [name for name, each in runs.items() if not common_seeds(each, twin_of[name])]
+    table, closed, gaps = [["task", "way", *said, "published"]], {}, {}
+    twins_of = {name: twins(name, runs) for name in runs}
+    alone = [name for name, each in runs.items() if not common_seeds(each, *twins_of[name])]
     runs = {name: each for name, each in runs.items() if name not in alone}
     for name, each in runs.items():
         task, _, way = name.partition("-")
-        mine, twins = ([readings(cfg) for cfg in part.configs] for part in paired(each, twin_of[name]))
+        mine, *others = ([readings(cfg) for cfg in part.configs] for part in paired(each, *twins_of[name]))
+        goals = [max((run[-1] for run in seed), key=lambda end: end.full) for seed in zip(*others, strict=True)]
         ends = [run[-1] for run in mine]
         row = [task, way, per_cent([end.full for end in ends]), per_cent([end.cut for end in ends])]
-        pairs = [(reached(run, twin[-1].full), twin[-1]) for run, twin in zip(mine, twins, strict=True)]
-        there = [(mark, twin) for mark, twin in pairs if mark]
-        steps, clock = ([getattr(mark, of) / getattr(twin, of) for mark, twin in there] for of in ("steps", "seconds"))
+        pairs = [(reached(run, goal.full), goal) for run, goal in zip(mine, goals, strict=True)]
+        there = [(mark, goal) for mark, goal in pairs if mark]
+        steps, clock = ([getattr(mark, of) / getattr(goal, of) for mark, goal in there] for of in ("steps", "seconds"))
         closed[task, way] = max(clock) if len(there) == len(pairs) else math.inf
-        gaps[task, way] = fmean(gap(run, twin[-1]) for run, twin in zip(mine, twins, strict=True))
-        table.append([*row, f"{len(there)} of {len(pairs)}", _mean(steps), _mean(clock)])
+        gaps[task, way] = fmean(gap(run, goal) for run, goal in zip(mine, goals, strict=True))
+        row += [f"{len(there)} of {len(pairs)}", _mean(steps), _mean(clock)]
+        table.append([*row, PUBLISHED.get(name, "")])
     left_out = [f"{name} is left out: none of its seeds is finished of its twin too." for name in alone]
-    found = [*sentences(closed, gaps), *clipped(runs), *left_out, *differences(setting)]
+    found = [*sentences(closed, gaps), *cut_blocks(runs), *by_rule(runs), *cutoffs(runs)]
+    found += [*left_out, *differences(setting)]
     return Findings(table, picture(runs), found)
+
+
+def twins(name: str, runs: Mapping[str, Runs]) -> list[Runs]:
+    """The plain twin of a trial, and its own where it has one."""
+    task, _, way = name.partition("-")
+    names = [f"{task}-{TWIN}", f"{task}-{OWN_TWINS.get(way)}"]
+    return [runs[twin] for twin in names if twin in runs]
 
 
 def _mean(shares: Sequence[float]) -> str:
@@ -163,7 +125,7 @@ def sentences(closed: ByWay, gaps: ByWay) -> list[str]:
     gap.
     """
     found, own = [], ""
-    for way in dict.fromkeys(way for _, way in closed if way != CLIPPED_TWIN):
+    for way in dict.fromkeys(way for _, way in closed if way not in OWN_TWINS.values()):
         shares = {task: value for (task, each), value in closed.items() if each == way}
         within = [task for task, value in shares.items() if value <= TIME]
         said = f"{', '.join(within) or 'none'} of {', '.join(shares)}."
@@ -184,7 +146,8 @@ def closest(gaps: ByWay) -> str:
     """Which way comes closest on how many tasks, and by how much on each of them."""
     best: dict[str, list[str]] = {}
     for task in dict.fromkeys(task for task, _ in gaps):
-        ways = {way: value for (each, way), value in gaps.items() if each == task and way not in (TWIN, CLIPPED_TWIN)}
+        residual = TWIN, *OWN_TWINS.values()
+        ways = {way: value for (each, way), value in gaps.items() if each == task and way not in residual}
         if ways:
             way = max(ways, key=ways.__getitem__)
             points = difference(ways[way], "above", "below")
@@ -197,11 +160,23 @@ def closest(gaps: ByWay) -> str:
     return f"Closest to it, by the best evaluation within that time: {'; '.join(parts)}."
 
 
-def clipped(runs: Mapping[str, Runs]) -> list[str]:
-    """The ACN beside its twin where the gradients of both are clipped as the authors'."""
+def cut_blocks(runs: Mapping[str, Runs]) -> list[str]:
+    """How many blocks each run of "cut" had lost when it was last evaluated."""
     said = []
     for task in TASKS:
-        names = f"{task}-clip_before_unscale", f"{task}-{CLIPPED_TWIN}"
+        if each := runs.get(f"{task}-cut"):
+            depth = each.configs[0].model.depth
+            gone = [depth - int(blocks) for blocks in each.last("depth/blocks")]
+            lost = f"lost {', '.join(map(str, gone))} of its {depth} blocks, by seed"
+            said.append(f"{task}: cut {lost if any(gone) else 'lost no block and is the same as acn'}.")
+    return said
+
+
+def by_rule(runs: Mapping[str, Runs]) -> list[str]:
+    """The ACN beside its twin where the updates of both are made alike, and not as those of the plain two."""
+    said = []
+    for task, (way, twin) in product(TASKS, OWN_TWINS.items()):
+        names = f"{task}-{way}", f"{task}-{twin}"
         if all(name in runs for name in names) and common_seeds(*(runs[name] for name in names)):
             acn, twin = (
                 [readings(cfg)[-1] for cfg in each.configs] for each in paired(*(runs[name] for name in names))
@@ -211,23 +186,42 @@ def clipped(runs: Mapping[str, Runs]) -> list[str]:
                 for of in ("full", "cut")
             )
             said.append(
-                f"{task}, both with gradients clipped before the loss scale is taken off: the ACN is "
-                f"{difference(full)} than its twin, at two thirds of the depth {difference(cut)}."
+                f"{task}, both {RULES[way]}: the ACN is {difference(full)} than its twin, at two thirds of the depth "
+                f"{difference(cut)}."
             )
     return said
 
 
+def cutoffs(runs: Mapping[str, Runs]) -> list[str]:
+    """Of ACN and twin, plain and by each other rule: whether it is the rule that makes them compress."""
+    said = []
+    for task in TASKS:
+        named = {way: runs.get(f"{task}-{way}") for way in ("acn", TWIN, *chain(*OWN_TWINS.items()))}
+        means = [f"{way} {spread(each.cutoffs)}" for way, each in named.items() if each]
+        if means:
+            said.append(f"{task}: cut-offs within {TOLERANCE} points of full depth (blocks): {', '.join(means)}.")
+    return said
+
+
 def differences(setting: Setting) -> list[str]:
+    left_out = [way for way in WAYS if way not in (*OF_BERT[setting.scale], *OWN_TWINS.values())]
     said = [
         f"To reach is to be within {TOLERANCE} points of the twin's last accuracy for the first time, lasting or not "
         "(time to accuracy). Steps and wall-clock are shares of "
         "the twin's whole run, means of the seeds that reached it; wall-clock is of training alone, each step as "
         "fast as its run's fastest stretch with as many blocks: other runs beside it slow the rest.",
-        "All have the twin's hyper-parameters; a BERT tries five of the ways. The paper's ACNs took 1.4 to 2.3 times "
-        "the epochs of their twins.",
+        f"The twin of {' and '.join(RULES)} is, seed by seed, the more accurate one of the plain twin and one whose "
+        "updates are made as the way's are. The authors' Mixers are clipped before the loss scale is taken off, which "
+        "may be part of why they compress.",
+        f"All have the twin's hyper-parameters; a BERT does not try {', '.join(left_out)}. layer_decay was tried "
+        "downward alone: the lower a block, the lower its rate. Muon has AdamW's learning rate, at which its updates "
+        "are as large, and no clipping. The published values are of ACN and twin at full depth.",
     ]
     if setting.scale == "laptop":
-        said.append("Here the runs are a few hundred steps of small networks.")
+        said.append(
+            f"Here the runs are a few hundred steps of small networks, evaluated on {EVALUATED:,} images at most, as "
+            "many of each class."
+        )
     return said
 
 

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from acn_scale.studies import depth
 from acn_scale.studies.study import (
+    AUTHORS,
     CONFIGS,
     TOLERANCE,
     TWINS,
@@ -47,7 +48,8 @@ def trials(setting: Setting) -> list[Trial]:
     if setting.scale == "paper":
         for name, values in NETWORKS.items():
             prefix = TWINS.get(name, TWINS["residual"])
-            found.append(Trial(name + SOURCE, CONFIGS / f"mixer/{prefix}_mixer_cifar100.toml", values))
+            config = CONFIGS / f"mixer/{prefix}_mixer_cifar100.toml"
+            found.append(Trial(name + SOURCE, config, [*values, *AUTHORS]))
             found.append(Trial(name, CONFIGS / "transfer" / "cifar10.toml", after=name + SOURCE))
         return found
     config = CONFIGS / "studies" / "mixer.toml"
@@ -72,12 +74,13 @@ def findings(runs: Mapping[str, Runs], setting: Setting) -> Findings:
     sentences = [_compared(other, *paired(runs["acn"], runs[other])) for other in NETWORKS if other != "acn"]
     sentences.append(
         "All are trained for the same length; the paper's are trained to comparable accuracy on the source, for a "
-        "length it does not give."
+        "length it does not give, nor that of fine-tuning. In the authors' code LayerSkip drops no layers."
     )
     if setting.scale == "laptop":
         sentences.append(
-            "Here the source is the first half of the classes of one data set and the target the second half; the "
-            "paper goes from CIFAR-100 to CIFAR-10, with 16 blocks of width 128."
+            "Here the source is the first half of the classes of one data set and the target the second half, and the "
+            "ACN is Eq. 1 alone; the paper goes from CIFAR-100 to CIFAR-10, with 16 of the authors' blocks of width "
+            "128, which keep a skip."
         )
     targets = {name: runs[name] for name in NETWORKS}
     return Findings(table, picture(targets), sentences)
