@@ -25,7 +25,19 @@ ROWS = [
 ONLY_IN = {"deepspeed": {"engine", "ema", "foreach"}, "webdataset": {"data", "benchmark"}, "submitit": set()}
 
 
-LATER = {"deepspeed", "torchvision", "matplotlib", "timm", "datasets", "sklearn", "transformers", "accelerate"}
+LATER = {
+    "webdataset",
+    "fsspec",
+    "PIL",
+    "deepspeed",
+    "torchvision",
+    "matplotlib",
+    "timm",
+    "datasets",
+    "sklearn",
+    "transformers",
+    "accelerate",
+}
 
 
 def imports_of(node: ast.AST) -> set[str]:

@@ -17,8 +17,8 @@ from made import numbered_images
 
 from acn_scale.config import Config, RemoteConfig
 from acn_scale.data import build_evaluation, build_stream
+from acn_scale.data.remote_folder import RemoteFolder
 from acn_scale.data.shards import ShardIndex
-from acn_scale.data.storage import RemoteFolder
 from acn_scale.errors import BadData, UserError
 
 STALL = 3.0  # seconds; clients in these tests wait for one

@@ -1,23 +1,23 @@
 """The training stream and the evaluation pass that a config asks for."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from acn_scale.config import Config, DataConfig, ImageDataConfig, ModelConfig, SentenceDataConfig
 from acn_scale.data.batch_plan import BatchPlan
-from acn_scale.data.image_files import ImageFiles
 from acn_scale.data.order import BucketedOrder, ChosenOrder, DiskOrder, LengthOrder, Order
 from acn_scale.data.samples import Decoder, Samples
-from acn_scale.data.sentences import SentenceDecoder
 from acn_scale.data.sequence import TaskOrder, Turns, deal_classes, keep, samples_of_tasks
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.stream import DeviceCopies, Evaluation, Share, Stream, alone
-from acn_scale.data.text import TextDecoder
 from acn_scale.durations import Horizon
 from acn_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from acn_scale.data.image_files import ImageFiles
 
 
 def build_stream(
@@ -56,7 +56,7 @@ def evaluation_of(
     world_size: int = 1,
     share: Share = alone,
     noise: Any = None,
-    files: ImageFiles | None = None,
+    files: "ImageFiles | None" = None,
     chosen: np.ndarray | None = None,
 ) -> Evaluation:
     """The same for a network that no run's config goes with. `noise`: what a decoder does to each sample. `files` are
@@ -122,12 +122,17 @@ def evaluations_of_tasks(
 def _decoder(
     data: DataConfig, model: ModelConfig, index: ShardIndex, train: ShardIndex, *, training: bool, noise: Any = None
 ) -> Decoder:
+    # Imported here: a run starts with the packages of its own kind of data alone.
     if isinstance(data, ImageDataConfig):
-        from acn_scale.data.images import ImageDecoder  # here: with torchvision comes all of PyTorch's compiler
+        from acn_scale.data.images import ImageDecoder  # with torchvision comes all of PyTorch's compiler
 
         return ImageDecoder(data, model, index, train.info, training=training, noise=noise)
     if isinstance(data, SentenceDataConfig):
+        from acn_scale.data.sentences import SentenceDecoder
+
         return SentenceDecoder(data, model, index, noise)
+    from acn_scale.data.text import TextDecoder
+
     return TextDecoder(data, model, index)
 
 

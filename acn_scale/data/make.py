@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import filelock
-import webdataset as wds
 
 from acn_scale.data.shards import INDEX_NAME, ShardIndex
 from acn_scale.data.storage import Shard
@@ -115,8 +114,10 @@ class Making:
 
 def write_shard(path: Path, records: Iterable[dict[str, Any]]) -> Shard:
     """A tar of webdataset records; the rows of an "npy" array are its samples."""
+    from webdataset import TarWriter
+
     samples = 0
-    with wds.TarWriter(str(path), mtime=0) as tar:
+    with TarWriter(str(path), mtime=0) as tar:
         for record in records:
             tar.write(record)
             samples += len(record["npy"]) if "npy" in record else 1

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from webdataset.tariterators import base_plus_ext
 
 from acn_scale.errors import BadData
 
@@ -52,6 +51,8 @@ class Table:
 
 def _scan(file: BinaryIO) -> tuple[np.ndarray, list[str], np.ndarray]:
     """Keys, extensions and places of a tar by its headers. One that is damaged ends before the damage."""
+    from webdataset.tariterators import base_plus_ext  # here: shards with a table do without
+
     records: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         for name, start, size in members(file):
