@@ -79,6 +79,7 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
     foreach.speed_up(engine.optimizer)
     if cfg.train.zero_stage == 0:  # at which DeepSpeed does not look at what it was told of buckets
         engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=cfg.train.bucket_size)
+        engine.clip_fp32_gradients = lambda: None  # _update() does it, at once for all weights
     if world_size == 1 and cfg.train.zero_stage == 0:
         engine.enable_backward_allreduce = False  # it copies all gradients, to sum them with nobody's
     return engine
@@ -134,7 +135,7 @@ def train_step(
     stop: bool = False,
     measure_gradients: bool = False,
     phase: Callable[[str], None] = lambda name: None,
-    edit: Callable[[], None] = lambda: None,
+    edit: Callable[[], None] | None = None,
 ) -> Step:
     """Take a global batch from the stream and make one update with learning rate `lr`.
 
@@ -188,19 +189,29 @@ def _backward(engine: Any, loss: Tensor) -> None:
     engine.backward(loss)
 
 
-def _update(engine: Any, edit: Callable[[], None]) -> bool:
+def _update(engine: Any, edit: Callable[[], None] | None) -> bool:
     """Make the update and return whether it was made. DeepSpeed itself looks at the gradients from stage 1 on only."""
     whole = engine.zero_optimization_stage() == 0 and not (engine.fp16_enabled() or engine.bfloat16_enabled())
-    if whole:
-        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+    if whole:  # gradients are the same on every rank, and so is their norm
+        norm = _whole_norm(engine.module)
+        if not math.isfinite(norm):
             engine.optimizer.step = lambda: None  # in the place of the method, for this step
             engine.step()
             del engine.optimizer.step
             return False
-        edit()
+        if edit:
+            edit()
+            norm = _whole_norm(engine.module)
+        largest = engine.gradient_clipping()
+        if largest and norm + 1e-6 > largest:  # PyTorch would multiply by 1 otherwise
+            nn.utils.clip_grads_with_norm_(engine.module.parameters(), largest, torch.tensor(norm))
     engine.step()
     return engine.was_step_applied()
+
+
+def _whole_norm(model: nn.Module) -> float:
+    gradients = (parameter.grad for parameter in model.parameters())
+    return nn.utils.get_total_norm(gradient for gradient in gradients if gradient is not None).item()
 
 
 def gradient_norms(engine: Any) -> dict[str, float]:

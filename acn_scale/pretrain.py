@@ -192,7 +192,7 @@ class Trainer:
             stop=self.signals.received is not None,
             measure_gradients=self.due(self.cfg.train.log_every, step),
             phase=partial(self.enter, step),
-            edit=partial(self.edit, step),
+            edit=partial(self.edit, step) if self.sequence or self.cfg.prune.share else None,
         )
         waited = self.stream.waited - waited
         if self.average and result.applied:

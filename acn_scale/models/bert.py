@@ -26,8 +26,9 @@ class BertEmbed(nn.Module):
         self.norm = nn.LayerNorm(cfg.dim, eps=BERT_EPS)
         self.dropout = Dropout(cfg.dropout)
 
-    def forward(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
-        """tokens, segments: (batch, tokens), segments 0 or 1 and all 0 if left out -> (batch, tokens, dim).
+    def forward(self, tokens: Tensor, segments: Tensor | None = None, layout: Layout | None = None) -> Tensor:
+        """tokens, segments: (batch, tokens), segments 0 or 1 and all 0 if left out -> (batch, tokens, dim), or with a
+        Layout (1, total, dim).
 
         Raises ValueError for sequences longer than max_tokens.
         """
@@ -36,6 +37,8 @@ class BertEmbed(nn.Module):
             raise ValueError(f"sequences of {length} tokens: the model takes at most {self.max_tokens}")
         positions = torch.arange(length, device=tokens.device)
         segments = torch.zeros_like(tokens) if segments is None else segments
+        if layout is not None:
+            tokens, segments, positions = (layout.flat(x) for x in (tokens, segments, positions.expand_as(tokens)))
         x = self.token(tokens) + self.position(positions) + self.segment(segments)
         return self.dropout(self.norm(x))
 
@@ -108,11 +111,12 @@ class Bert(Model):
         Returns "logits" (batch, masked, vocab_size), of all positions without `masked`, or (batch, num_classes) and,
         with labels, "loss".
         """
-        x = self.embed(tokens, segments)
         if self._leaves_padding_out(mask, labels):
             layout = Layout.of(mask)
-            logits = self.head(self.trunk(layout.flat(x), layout, layout.firsts()).transpose(0, 1))
+            x = self.embed(tokens, segments, layout)
+            logits = self.head(self.trunk(x, layout, layout.firsts()).transpose(0, 1))
             return {"logits": logits, "loss": self.loss(logits, labels)}
+        x = self.embed(tokens, segments)
         read = first_token(x) if isinstance(self.head, ClassificationHead) else masked
         if labels is None:
             return {"logits": self.head(self.trunk(x, mask, read))}

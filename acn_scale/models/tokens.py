@@ -29,7 +29,7 @@ class Layout(NamedTuple):
         return cls(mask, mask.flatten().nonzero()[:, 0])
 
     def flat(self, x: Tensor) -> Tensor:
-        """x: (batch, tokens, dim) -> (1, total, dim)."""
+        """x: (batch, tokens, ...) -> (1, total, ...)."""
         return x.flatten(0, 1).index_select(0, self.places)[None]
 
     def padded(self, x: Tensor) -> Tensor:
