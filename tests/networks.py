@@ -12,6 +12,7 @@ from test_models import randomize
 from acn_scale.cli import load_config
 from acn_scale.config import BertConfig, Config, MixerConfig, ModelConfig, ViTConfig
 from acn_scale.convert import convert
+from acn_scale.convert.export import write_export
 from acn_scale.convert.network import Card, Images, Network
 from acn_scale.errors import UserError
 from acn_scale.models import build_model
@@ -22,6 +23,8 @@ SMALL = ["model.depth=3", "model.dim=16", "model.num_heads=2", "model.patch_size
 SHORT = ["train.length=40step", "train.log_every=5step", "checkpoint.every=20step", "eval.every=20step"]
 
 TEXTS = {"vocab_size": 300, "max_tokens": 7, "num_heads": 2, "depth": 3, "dim": 16}
+
+GREY = {"channels": 1, "num_classes": 10, "connectivity": "acn"}  # for the digits
 
 CURVE = [0.1, 0.2, 0.59, 0.6]
 
@@ -77,3 +80,13 @@ def complaint(source: Path | str, out: Path, to: str = "safetensors", **keys: An
     assert sorted(out.parent.iterdir()) == before
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def image_export(folder: Path, model: ModelConfig, **images: Any) -> Path:
+    """Of a network whose weights are drawn; `images`: what its card says of them besides."""
+    net = network(model)
+    classes = [str(number) for number in range(model.num_classes)]
+    known = Images(**net.card.images.model_dump() | {"classes": classes, "resize": None} | images)
+    folder.mkdir(parents=True)
+    write_export(Network(net.model, net.card.model_copy(update={"images": known})), folder, "fp32")
+    return folder

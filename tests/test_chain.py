@@ -8,8 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from networks import GREY, image_export
 from networks import vit as vit_config
-from test_image_evaluation import GREY, export
 from test_launch import launch, options
 from test_pretrain import command_line
 
@@ -216,7 +216,7 @@ def test_a_stage_without_its_output_is_not_done(tmp_path: Path, chain: Path) -> 
 
 def test_a_stage_that_evaluates_is_as_many_processes_as_training(tmp_path: Path, chain: Path, digits: Path) -> None:
     """And no other tool is."""
-    source = export(tmp_path / "export", vit_config(**GREY))
+    source = image_export(tmp_path / "export", vit_config(**GREY))
     arguments = f'["{source}", "--data", "{digits}/eval"]'
     noise = f'[[stage]]\nname = "noise"\ntool = "evaluate_images"\narguments = {arguments}\n'
     whole = f"{chain.read_text()}{noise}"

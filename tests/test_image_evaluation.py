@@ -1,60 +1,37 @@
-"""Classifiers of images on whole evaluation sets: prepared as the source has it, counted once, under keyed noise."""
+"""Classifiers of images on whole evaluation sets: prepared as the source has it, each image counted once."""
 
 import csv
 import json
 import os
-import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import mixer, network
+from networks import GREY, image_export, mixer, network
 from networks import vit as vit_config
 from PIL import Image
 from ranks import Ranks
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
-from sklearn.neighbors import KNeighborsClassifier
 from test_images import encoded, photo
 
 from acn_scale.config import ModelConfig, RemoteConfig
 from acn_scale.convert import convert, read_model
 from acn_scale.convert.export import write_export
-from acn_scale.convert.network import Images, Network
 from acn_scale.data import evaluation_of
-from acn_scale.data.image_files import ImageFiles
-from acn_scale.data.image_noise import CORRUPTIONS, image_noise, image_noises
+from acn_scale.data.image_noise import image_noise, image_noises
 from acn_scale.data.shards import ShardIndex, ShardReader
 from acn_scale.data.storage import open_folder
-from acn_scale.downstream import corruptions
-from acn_scale.downstream.corruptions import ALEXNET, corrupted
 from acn_scale.downstream.image_evaluation import evaluate_images
 from acn_scale.downstream.image_sets import open_subject
 from acn_scale.downstream.predictions import predict
-from acn_scale.downstream.probes import NEIGHBOURS, TEMPERATURE, _fit, draw, features_of, nearest_neighbours
-from acn_scale.downstream.table import results_table
 from acn_scale.errors import UserError
 from acn_scale.results import read_measurements
 
 CPU = torch.device("cpu")
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # it would compile one of the corruptions for seconds
-GREY = {"channels": 1, "num_classes": 10, "connectivity": "acn"}  # for the digits
-
-
-def export(folder: Path, model: ModelConfig, **images: Any) -> Path:
-    """Of a network whose weights are drawn; `images`: what its card says of them besides."""
-    net = network(model)
-    classes = [str(number) for number in range(model.num_classes)]
-    known = Images(**net.card.images.model_dump() | {"classes": classes, "resize": None} | images)
-    folder.mkdir(parents=True)
-    write_export(Network(net.model, net.card.model_copy(update={"images": known})), folder, "fp32")
-    return folder
 
 
 def class_folders(folder: Path, shards: Path) -> Path:
@@ -158,7 +135,7 @@ def test_images_are_those_of_transformers_processor(
 def test_what_is_asked_of_images_survives_conversion(photos: Path, tmp_path: Path) -> None:
     """From timm to ours, to Transformers and to timm again."""
     resize = {"size": 36, "interpolation": "bilinear"}
-    source = export(tmp_path / "source", vit_config(image_size=32), resize=resize)
+    source = image_export(tmp_path / "source", vit_config(image_size=32), resize=resize)
     for to, prefix in (("hf", "hf:"), ("timm", "timm:"), ("safetensors", "")):
         convert(str(source), to, tmp_path / to)
         found = read_model(f"{prefix}{tmp_path / to}").card.images.resize
@@ -193,7 +170,7 @@ def test_every_image_counts_once_on_any_number_of_ranks(
     one_rank: Ranks, two_ranks: Ranks, digits: Path, tmp_path: Path
 ) -> None:
     """397 images in batches of 50: the same files to the last digit, whose numbers are scikit-learn's."""
-    source = export(tmp_path / "source", vit_config(**GREY))
+    source = image_export(tmp_path / "source", vit_config(**GREY))
     where, options = str(digits / "eval"), {"batch_size": 50, "kinds": ["knn", "probe"], "per_class": 20}
     options["train"] = str(digits / "train")
     for ranks, name in ((one_rank, "one"), (two_ranks, "two")):
@@ -236,7 +213,7 @@ def called(function: Callable[..., Any], arguments: tuple, keywords: dict[str, A
 
 def test_class_folders_are_the_same_images(one_rank: Ranks, digits: Path, tmp_path: Path) -> None:
     """As their shards; some classes may lack where the order of all is given."""
-    source = export(tmp_path / "source", vit_config(**GREY))
+    source = image_export(tmp_path / "source", vit_config(**GREY))
     folder = class_folders(tmp_path / f"in/{digits.name}/val", digits / "eval")
     for data, name in ((folder, "files"), (digits / "eval", "shards")):
         one_rank(called, evaluated, (str(source), str(data), str(tmp_path / name), []), {})
@@ -253,203 +230,17 @@ def test_class_folders_are_the_same_images(one_rank: Ranks, digits: Path, tmp_pa
     }
 
 
-NOISES = ["gaussian_0.2", "salt_pepper_0.05", "shot_noise_3", "glass_blur_1", "fog_5", "impulse_noise_2"]
-
-
-@pytest.mark.parametrize(
-    ("name", "on"), [(name, "pixels") for name in NOISES] + [(name, "normalised") for name in NOISES[:2]]
-)
-def test_noise_is_of_the_sample_alone(tmp_path: Path, name: str, on: str) -> None:
-    """In any batch, on any rank, in any pass. Equal images differ then; numpy's own generator is left as it was."""
-    source = export(tmp_path / "source", vit_config(image_size=32))
-    folder = tmp_path / "same/kind 0"
-    folder.mkdir(parents=True)
-    for number in range(15):
-        (folder / f"{number:02d}.png").write_bytes(encoded(photo(32, 32), "PNG"))
-    data = read_model(source).card.images.data(str(folder.parent))
-    model, noise, files = read_model(source).card.model, image_noise(name, on=on), ImageFiles(folder.parent, "eval")
-    before = np.random.get_state()[1].copy()
-
-    def images(batch_size: int, rank: int = 0, world_size: int = 1, change: Any = noise) -> torch.Tensor:
-        keys = {"batch_size": batch_size, "rank": rank, "world_size": world_size, "noise": change, "files": files}
-        return torch.cat([batch["images"][counts] for batch, counts in evaluation_of(data, model, **keys)])
-
-    whole = images(15)
-    assert torch.equal(images(1), whole)
-    assert torch.equal(torch.cat([images(8, rank, 2) for rank in range(2)]), whole)
-    assert np.array_equal(np.random.get_state()[1], before)
-    changed = whole - images(15, change=None)
-    assert changed.flatten(1).any(dim=1).all()
-    assert len({image.numpy().tobytes() for image in whole}) == 15
-
-
-@pytest.mark.parametrize("on", ["pixels", "normalised"])
-def test_noise_is_as_strong_as_it_says(on: str) -> None:
-    grey = np.full((3, 200, 200), 0.5 if on == "pixels" else 0.1, np.float32)
-    random = np.random.default_rng(0)
-    for sigma in (0.1, 0.4, 2.0):
-        change = image_noise(f"gaussian_{sigma}", on=on).change(grey, random) - grey
-        if on == "pixels":
-            assert np.abs(change).max() <= 0.5
-        if sigma < 0.2 or on == "normalised":
-            assert change.std() == pytest.approx(sigma, rel=0.02)
-        assert abs(change.mean()) < 0.02 * sigma + 0.003
-    low, high = (0, 1) if on == "pixels" else (-1, 1)
-    for share in (0.01, 0.1, 1.0):
-        noisy = image_noise(f"salt_pepper_{share}", on=on).change(grey, random)
-        assert np.array_equal(noisy[0], noisy[2]), "a pixel has one colour"
-        for value in (low, high):
-            assert (noisy == value).mean() == pytest.approx(share / 2, abs=3e-3)
-        assert (noisy == grey).mean() == pytest.approx(1 - share, abs=4e-3)
-
-
-@pytest.mark.parametrize("name", ["gaussian", "gaussian_-1", "gaussian_nan", "salt_pepper_2", "fog_6", "snow", "x_0.1"])
-def test_noise_that_there_is_not(name: str) -> None:
-    with pytest.raises(UserError, match=f"--noise {name}: must be gaussian_SIGMA"):
-        image_noise(name)
-
-
-def measured_corruptions(source: str, data: str, folder: str, classes: list[str]) -> list[dict[str, Any]]:
-    """On every rank."""
-    subject = open_subject(source, data=data, classes=classes)
-    return [each.model_dump() for each in corrupted(subject, CPU, Path(folder))]
-
-
-@pytest.fixture
-def imagenet_c(tmp_path: Path) -> tuple[str, str, str, list[str]]:
-    """What measured_corruptions() takes: a network of 1,000 classes that says one of all images, and files in
-    ImageNet-C's layout, of which some are of another.
-    """
-    classes = [f"kind {number}" for number in range(1000)]
-    net = network(vit_config(image_size=32, num_classes=1000, depth=1))
-    net.model.head.linear.bias[3] = 1e4  # says "kind 3" of all images
-    images = net.card.images.model_copy(update={"classes": classes})
-    source = tmp_path / "source"
-    source.mkdir()
-    write_export(Network(net.model, net.card.model_copy(update={"images": images})), source, "fp32")
-    image = encoded(photo(32, 32), "PNG")
-    for place, corruption in enumerate(CORRUPTIONS):
-        for severity in range(1, 6):
-            for number in range(4):
-                kind = "kind 7" if number < place % 4 or (severity, number) == (5, 3) else "kind 3"
-                folder = tmp_path / "c" / ("blur" if place == 4 else ".") / corruption / str(severity) / kind
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"{number}.png").write_bytes(image)
-    return str(source), str(tmp_path / "c/fog/1"), str(tmp_path / "c"), classes
-
-
-def test_mean_corruption_error(one_rank: Ranks, imagenet_c: tuple, tmp_path: Path) -> None:
-    """Each error divided by AlexNet's: of files whose images are taken as they are."""
-    (found,) = one_rank(measured_corruptions, *imagenet_c)
-    values = {(each["metric"], each["depth"]): each["value"] for each in found}
-    errors = {corruption: (place % 4 + 0.2) / 4 for place, corruption in enumerate(CORRUPTIONS)}
-    for depth in range(2):
-        assert values["accuracy/fog_1", depth] == pytest.approx(1 - CORRUPTIONS.index("fog") % 4 / 4)
-        assert values["accuracy", depth] == pytest.approx(1 - np.mean(list(errors.values())))
-        assert values["mCE", depth] == pytest.approx(np.mean([errors[each] / ALEXNET[each] for each in errors]))
-    (tmp_path / "c/snow").rename(tmp_path / "c/rain")
-    with pytest.raises(AssertionError, match="has no folder snow; ImageNet-C has gaussian_noise, "):
-        one_rank(measured_corruptions, *imagenet_c)
-
-
-def passes_until(most: int, *arguments: Any) -> int:
-    """How many passes corrupted() makes of those that it is stopped after, on every rank."""
-    made = 0
-
-    def counted(*given: Any) -> Any:
-        nonlocal made
-        if made == most:
-            raise KeyboardInterrupt
-        made += 1
-        return predict(*given)
-
-    with patch.object(corruptions, "predict", counted), suppress(KeyboardInterrupt):
-        measured_corruptions(*arguments)
-    return made
-
-
-def test_corruptions_go_on_where_they_were_stopped(
-    one_rank: Ranks, two_ranks: Ranks, imagenet_c: tuple, tmp_path: Path
-) -> None:
-    """To the same file; with the corruptions that are done told before. Of other weights or images, all is anew."""
-    source, partial = Path(imagenet_c[0]), tmp_path / "partial"
-    result = source / "eval/1+corruptions.json"
-    assert one_rank(passes_until, 75, *imagenet_c) == [75]
-    whole = result.read_bytes()
-    shutil.rmtree(source / "eval")
-    assert one_rank(passes_until, 12, *imagenet_c) == [12]
-    shutil.copytree(source / "eval", partial / "eval")
-    assert {each.metric for each in read_measurements(partial)} == {
-        f"accuracy/{kind}_{severity}" for kind in CORRUPTIONS[:2] for severity in range(1, 6)
-    }
-    with pytest.raises(UserError, match="holds no results"):
-        results_table([partial])
-    assert two_ranks(passes_until, 75, *imagenet_c) == [65, 65]
-    assert result.read_bytes() == whole
-    assert one_rank(passes_until, 75, *imagenet_c) == [0]
-    (tmp_path / "c/fog/3/kind 7").rename(tmp_path / "c/fog/3/kind 8")
-    assert one_rank(passes_until, 75, *imagenet_c) == [5]
-    other = read_model(source)
-    other.model.head.linear.bias[3] = 0
-    write_export(other, source, "fp32")
-    assert one_rank(passes_until, 1, *imagenet_c) == [1]
-
-
-def test_probes_are_scikit_learns(rng: np.random.Generator) -> None:
-    """The same neighbours, votes and optimum."""
-    centres = rng.normal(size=(4, 12))
-    labels, others = rng.integers(0, 4, 300), rng.integers(0, 4, 150)
-    train, test = (centres[each] + 1.2 * rng.normal(size=(len(each), 12)) for each in (labels, others))
-    theirs = KNeighborsClassifier(
-        NEIGHBOURS, metric="cosine", weights=lambda distances: np.exp((1 - distances) / TEMPERATURE)
-    ).fit(train, labels)
-    tensors = [torch.from_numpy(each) for each in (train, labels, test)]
-    said = nearest_neighbours(*tensors, 4)
-    assert said.tolist() == theirs.predict(test).tolist()
-    assert accuracy_score(others, said) > 0.6
-    tensors = [each.float() if each.is_floating_point() else each for each in tensors]
-    penalty = 1e-2
-    ours = _fit(tensors[0], tensors[1], 4, penalty, None)
-    optimum = LogisticRegression(C=1 / (penalty * 300), tol=1e-8, max_iter=1000).fit(train, labels)
-    weights = ours[:-1] - ours[:-1].mean(dim=1, keepdim=True)
-    np.testing.assert_allclose(weights.T, optimum.coef_, atol=2e-3)
-
-
-def test_readouts_that_are_fitted_to_are_those_of_the_head() -> None:
-    """At every depth; the head's own linear map on them gives its logits."""
-    for model in (vit_config(connectivity="acn"), mixer(pool="cls")):
-        net = network(model)
-        images = torch.randn(5, 3, 8, 8)
-        with torch.no_grad():
-            readouts = list(features_of(net.model).readouts(images))
-            logits = list(net.model.readouts(images))
-            for readout, expected in zip(readouts, logits, strict=True):
-                torch.testing.assert_close(net.model.head.linear(readout), expected)
-
-
-def test_a_draw_has_as_many_of_each_class(digits: Path, tmp_path: Path) -> None:
-    source = export(tmp_path / "source", vit_config(**GREY))
-    images = read_model(source).card.images
-    samples = evaluation_of(images.data(str(digits / "train")), read_model(source).card.model, batch_size=1).samples
-    chosen = draw(samples, 7)
-    read = [samples.reader.read(*samples.key(number)[1:])["cls"] for number in chosen]
-    assert sorted(read) == sorted(str(number).encode() for number in range(10) for _ in range(7))
-    assert len(set(chosen)) == 70
-    assert len(draw(samples, 10_000)) == 1400
-    only = evaluation_of(images.data(str(digits / "train")), read_model(source).card.model, batch_size=9, chosen=chosen)
-    labels = torch.cat([batch["labels"][counts] for batch, counts in only])
-    assert labels.tolist() == [int(label) for label in read]
-
-
 def test_what_does_not_fit_is_told(digits: Path, photos: Path, tmp_path: Path) -> None:
     from networks import bert
 
     text = tmp_path / "text"
     text.mkdir()
     write_export(network(bert(num_classes=3)), text, "fp32")
-    source = str(export(tmp_path / "source", vit_config(**GREY)))
+    source = str(image_export(tmp_path / "source", vit_config(**GREY)))
     foreign = tmp_path / "timm"
-    convert(str(export(tmp_path / "colour", vit_config(), classes=[f"kind {n}" for n in range(5)])), "timm", foreign)
+    convert(
+        str(image_export(tmp_path / "colour", vit_config(), classes=[f"kind {n}" for n in range(5)])), "timm", foreign
+    )
     own = str(digits / "eval")
     cases: list[tuple[str, dict[str, Any], str]] = [
         (str(text), {"data": own}, "must be a classifier of images"),
