@@ -211,7 +211,7 @@ def _update(engine: Any, edit: Callable[[], None] | None) -> bool:
 
 def _whole_norm(model: nn.Module) -> float:
     gradients = (parameter.grad for parameter in model.parameters())
-    return nn.utils.get_total_norm(gradient for gradient in gradients if gradient is not None).item()
+    return foreach.squares([gradient for gradient in gradients if gradient is not None]).sqrt().item()
 
 
 def gradient_norms(engine: Any) -> dict[str, float]:
@@ -223,11 +223,12 @@ def gradient_norms(engine: Any) -> dict[str, float]:
     """
     from deepspeed.utils import safe_get_full_grad
 
-    squares: dict[str, float] = {}
+    squares: dict[str, Tensor | float] = {}
     scale = engine.optimizer.loss_scale if engine.fp16_enabled() else 1.0  # the engine knows the config alone
     for name, parameter in engine.module.named_parameters():
         gradient = safe_get_full_grad(parameter) if parameter.requires_grad else None
         if gradient is not None:
             part = part_of(name)
-            squares[part] = squares.get(part, 0.0) + (gradient.double() / scale).square().sum().item()
-    return {"all": sum(squares.values()) ** 0.5} | {part: square**0.5 for part, square in squares.items()}
+            squares[part] = squares.get(part, 0.0) + foreach.squares([gradient])
+    norms = {part: float(square) ** 0.5 / scale for part, square in squares.items()}
+    return {"all": math.hypot(*norms.values())} | norms

@@ -3,10 +3,13 @@
 A kernel and a wait for each of a few hundred weights leaves a GPU idle for as long as a backward pass takes.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
+
+PART = 1024  # numbers whose squares a CPU adds up in fp32
 
 
 def speed_up(optimizer: Any) -> None:
@@ -30,7 +33,7 @@ def _step(optimizer: Any) -> bool:
     weights = [weight for group in optimizer.fp16_groups for weight in group]
     gradients = [torch.empty_like(weight) for weight in masters]
     torch._foreach_copy_(gradients, [torch.zeros_like(w) if w.grad is None else w.grad for w in weights])
-    norm = _squares(gradients).sqrt().item()  # of gradients times the loss scale
+    norm = squares(gradients).sqrt().item()  # of gradients times the loss scale
     optimizer.overflow = not norm < torch.inf
     if optimizer.overflow:
         return optimizer._skip_invalid_grad_norm()
@@ -59,12 +62,23 @@ def _overflow(optimizer: Any) -> torch.Tensor:
 
 def _norm(optimizer: Any, gradients: list[torch.Tensor], params: object) -> torch.Tensor:
     """DeepSpeedZeroOptimizer.get_grad_norm_direct: () over all ranks, -1 where it is not finite."""
-    total = _squares(gradients).float()  # what pads the gradients is 0
+    total = squares(gradients).float()  # what pads the gradients is 0
     torch.distributed.all_reduce(total, group=optimizer.dp_process_group)
     return total.sqrt().nan_to_num(nan=-1.0, posinf=-1.0)
 
 
-def _squares(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """() the sum of all squares. In fp32 a CPU sums the many of one weight in few parts, a GPU in many."""
-    wide = torch.float64 if gradients[0].device.type == "cpu" else torch.float32
-    return torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)).double().square().sum()
+def squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """() the sum of all squares, in fp64. A GPU sums those of one weight in many parts; a CPU in few, which in fp32
+    loses up to 5e-4 of a large one's norm, unless it is given the parts.
+    """
+    if gradients[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).double().square().sum()
+    parts = [part for gradient in gradients for part in _parts(gradient.flatten())]
+    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32) for part in parts]
+    return torch.cat(norms).double().square().sum()
+
+
+def _parts(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n,) -> (n // PART, PART) and what is left, (1, n % PART)."""
+    whole = len(numbers) // PART * PART
+    return numbers[:whole].view(-1, PART), numbers[None, whole:]

@@ -35,7 +35,7 @@ class Layout(NamedTuple):
     def padded(self, x: Tensor) -> Tensor:
         """x: (1, total, dim) -> (batch, tokens, dim), 0 at padding."""
         batch, tokens = self.mask.shape
-        return x.new_zeros(batch * tokens, x.shape[-1]).index_copy(0, self.places, x[0]).view(batch, tokens, -1)
+        return x.new_zeros(batch * tokens, x.shape[-1]).index_copy_(0, self.places, x[0]).view(batch, tokens, -1)
 
     def firsts(self) -> Tensor:
         """(1, batch): the number of each sequence's first token."""
