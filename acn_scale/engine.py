@@ -192,7 +192,7 @@ def _backward(engine: Any, loss: Tensor) -> None:
 def _update(engine: Any, edit: Callable[[], None] | None) -> bool:
     """Make the update and return whether it was made. DeepSpeed itself looks at the gradients from stage 1 on only."""
     whole = engine.zero_optimization_stage() == 0 and not (engine.fp16_enabled() or engine.bfloat16_enabled())
-    if whole:  # gradients are the same on every rank, and so is their norm
+    if whole:
         norm = _whole_norm(engine.module)
         if not math.isfinite(norm):
             engine.optimizer.step = lambda: None  # in the place of the method, for this step
@@ -210,8 +210,10 @@ def _update(engine: Any, edit: Callable[[], None] | None) -> bool:
 
 
 def _whole_norm(model: nn.Module) -> float:
+    """The same on every rank, also where their processors round differently."""
     gradients = (parameter.grad for parameter in model.parameters())
-    return foreach.squares([gradient for gradient in gradients if gradient is not None]).sqrt().item()
+    norm = foreach.squares([gradient for gradient in gradients if gradient is not None]).sqrt().item()
+    return distributed.sum_on_cpu([norm])[0] / distributed.world_size()
 
 
 def gradient_norms(engine: Any) -> dict[str, float]:
