@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import forked
 import numpy as np
@@ -27,9 +28,10 @@ from acn_scale.data.shards import ShardIndex
 from acn_scale.data.tasks import TASKS
 from acn_scale.data.tokenizer import CLS, SEP
 from acn_scale.distributed import local_device
+from acn_scale.downstream import tasks
 from acn_scale.downstream.metrics import OF_COUNTS, measure
 from acn_scale.downstream.predictions import Predictions
-from acn_scale.downstream.tasks import Split, _measured, evaluate_tasks
+from acn_scale.downstream.tasks import Split, _measured, _warn, evaluate_tasks
 from acn_scale.downstream.text_noise import drop_words, swap_characters, text_noise
 from acn_scale.errors import UserError
 from acn_scale.evaluation import evaluate_run
@@ -45,6 +47,17 @@ SKLEARN = {
     "spearman": lambda labels, said: stats.spearmanr(labels, said).statistic,
 }
 WORD_PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *"abcdefghijklmnopqrstuvwxyz", "##s", "##ing", "."]
+
+
+def warned(folder: Path) -> list[str]:
+    """On every rank, by an evaluation of classes no better than one for all samples."""
+    messages: list[str] = []
+    with (
+        patch.object(tasks, "_no_better_than_one_class", lambda *_: "no better"),
+        patch.object(tasks.log, "warning", lambda form, *values: messages.append(form % values)),
+    ):
+        evaluated(folder)
+    return messages
 
 
 @pytest.mark.parametrize("task", ["mrpc", "stsb", "mnli"])
@@ -75,6 +88,8 @@ def test_metrics_are_those_of_the_written_predictions(
     before = {path: path.read_bytes() for part in ("eval", "submission") for path in folder.glob(f"{part}/**/*.*")}
     two_ranks(evaluated, folder)
     assert {path: path.read_bytes() for path in before} == before
+    if task == "mrpc":
+        assert two_ranks(warned, folder) == [["mrpc: no better"], []]
     if task == "mnli":  # whose network answers the diagnostic set too
         for name in ("MNLI-m", "AX"):
             lines = (folder / "submission" / f"{name}.tsv").read_text().splitlines()
@@ -325,10 +340,9 @@ def test_a_score_of_the_majority_class_says_so(
     """The warning is of full depth; at the others the note tells."""
     labels = np.array([1, 0, 0, 1, 0])
     index = ShardIndex.load(glue_shards / "mrpc/eval")
-    found = _measured(
-        Predictions(np.arange(5), labels, np.array([said, said]).T), Split("mrpc", index, TASKS["mrpc"], None),
-        "mrpc", "digest", 0,
-    )  # fmt: skip
+    predictions = Predictions(np.arange(5), labels, np.array([said, said]).T)
+    found = _measured(predictions, Split("mrpc", index, TASKS["mrpc"], None), "mrpc", "digest", 0)
+    _warn(predictions, TASKS["mrpc"], "mrpc")
     assert {each.note for each in found} == {noted}
     assert {each.depth for each in found} == {0, 1}
     assert [record.getMessage().startswith(f"mrpc: {noted}") for record in caplog.records] == [True] * bool(noted)

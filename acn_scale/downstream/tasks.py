@@ -117,6 +117,8 @@ def evaluate_task(
             files[f"submission/{split.server}.tsv"] = _submission(predictions, split, evaluation.samples)
         else:
             found += _measured(predictions, split, name, digest, seed, start)
+            if distributed.rank() == 0:
+                _warn(predictions, split.task, name)
         if not noise:
             files[f"eval/predictions/{split.name}.tsv"] = as_table(predictions, labelled=not split.server)
     with distributed.together():
@@ -234,8 +236,6 @@ def _measured(
     found = []
     for depth, said in enumerate(predictions.outputs.T):
         note = _no_better_than_one_class(labels, said) if classes else None
-        if note and depth == predictions.outputs.shape[1] - 1:
-            log.warning("%s: %s", name, note if note != SAME else f"{note}, {split.task.labels[said[0]]}")
         for metric in split.task.metrics:
             value, bounds = measure(metric, labels, said, classes)
             found.append(
@@ -252,6 +252,13 @@ def _measured(
                 )
             )
     return found
+
+
+def _warn(predictions: Predictions, task: Task, name: str) -> None:
+    """Where the classes at full depth are no better than one for all samples."""
+    said = predictions.outputs[:, -1]
+    if task.labels and (note := _no_better_than_one_class(predictions.labels, said)):
+        log.warning("%s: %s", name, note if note != SAME else f"{note}, {task.labels[said[0]]}")
 
 
 def _no_better_than_one_class(labels: np.ndarray, said: np.ndarray) -> str | None:
