@@ -79,7 +79,8 @@ def test_zero_equals_plain_pytorch(
     two_ranks: Callable, vit: Callable[..., Config], stage: int, connectivity: str
 ) -> None:
     model = {"connectivity": connectivity, "recompute": stage == 3}
-    cfg = vit(model=model, train={"zero_stage": stage, "micro_batch_size": 4, "clip_norm": 0.5})
+    optim = {"eps": 1e-3}  # or it would not matter how much shorter gradients are made
+    cfg = vit(model=model, optim=optim, train={"zero_stage": stage, "micro_batch_size": 4, "clip_norm": 0.5})
     expected_losses, expected_norms = plain_run(cfg)
     for losses, norms, _ in two_ranks(engine_run, cfg):
         np.testing.assert_allclose(losses, expected_losses, rtol=0, atol=1e-5)
