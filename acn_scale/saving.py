@@ -173,6 +173,8 @@ class _Writer:
             if failed:
                 self._given_up.set()
             self._wait_for(self._completer)
+            if failed:  # another rank may have written on while the folder was removed
+                shutil.rmtree(self.temporary, ignore_errors=True)
         return not distributed.union([] if self._completed or self.rank else [self.rank])
 
     def _wait_for(self, thread: threading.Thread) -> None:

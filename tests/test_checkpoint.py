@@ -402,10 +402,28 @@ def test_a_full_disk_fails_the_save_and_not_the_run(
     assert f"step_{full.start + 2:08d} was NOT saved: No space left on device; training goes on" in log
 
 
-def test_a_disk_that_stays_full(two_ranks: Callable, vit: Callable[..., Config], small_disk: Path) -> None:
+def filled_run_that_writes_on(cfg: Config, disk: Path, full: range) -> str:
+    """The same; another rank's file comes while the folder of a failed save is removed."""
+    remove, late = shutil.rmtree, []
+
+    def removed(path: Path, ignore_errors: bool = False) -> None:
+        there = path.exists()
+        remove(path, ignore_errors)
+        if there and path.suffix == ".tmp" and not late:
+            path.mkdir()
+            late.append((path / "late").touch())
+
+    with patch.object(shutil, "rmtree", removed):
+        return filled_run(cfg, disk, full)
+
+
+@pytest.mark.parametrize("filled", [filled_run, filled_run_that_writes_on])
+def test_a_disk_that_stays_full(
+    two_ranks: Callable, vit: Callable[..., Config], small_disk: Path, filled: Callable
+) -> None:
     """What was saved before is still there, and the run ends with one line, not with success."""
     cfg = vit(run={"name": "full", "dir": str(small_disk)}, train={"zero_stage": 1})
-    first, second = two_ranks(filled_run, cfg, small_disk, range(8, 99))
+    first, second = two_ranks(filled, cfg, small_disk, range(8, 99))
     assert first == second
     assert "step 20: the last checkpoint could not be written" in first
     assert steps(cfg) == [5]
