@@ -43,7 +43,7 @@ class Stage(Section):
     even_after_failure: bool = False  # a tool that begins once those before have ended, well or not
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> "Stage":
+    def _can_be_run(self) -> "Stage":
         if (self.tool is None) == (self.config is None):
             raise ValueError("must have either tool or config")
         if self.tool and program(self.tool) is None:
