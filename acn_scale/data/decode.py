@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from acn_scale.errors import BadData
@@ -51,8 +51,8 @@ class Picture:
 
     def resized(self, box: Box, size: int) -> Tensor:
         """The box scaled to (channels, size, size), bilinear and with antialiasing, uint8."""
-        pixels = self._box(box)
-        return v2.functional.resize(pixels, [size, size], v2.InterpolationMode.BILINEAR, antialias=True)
+        pixels = self._box(box).permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+        return nn.functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0]
 
     def _box(self, box: Box) -> Tensor:
         if self.stream is not None:
