@@ -7,14 +7,15 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from acn_scale import distributed, foreach
+from acn_scale.averaging import GradientAverage
 from acn_scale.config import Config, OptimConfig
 from acn_scale.errors import UserError
 from acn_scale.optim import build_optimizer, parameter_groups, part_of
@@ -28,8 +29,10 @@ def deepspeed_config(cfg: Config, world_size: int, parameters: int) -> dict[str,
     micro_batch_size = cfg.micro_batch_size(world_size)
     bucket = min(cfg.train.bucket_size, parameters)
     zero: dict[str, Any] = {"stage": cfg.train.zero_stage, "reduce_bucket_size": bucket}
-    # overlap_comm stays off below ZeRO-3, as is DeepSpeed's default: it has spoilt gradients without a word, by races
-    # between CUDA streams (DeepSpeed issues 5545 and 8061).
+    if zero["stage"] in (1, 2):
+        # Off by default, as DeepSpeed's is: before the version pinned here, races between CUDA streams spoilt gradients
+        # without a word (its issues 5545 and 8061).
+        zero["overlap_comm"] = cfg.train.overlap_comm
     if cfg.train.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if cfg.train.offload == "parameters":
@@ -77,11 +80,12 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
     config = deepspeed_config(cfg, world_size, trained)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     foreach.speed_up(engine.optimizer)
-    if cfg.train.zero_stage == 0:  # at which DeepSpeed does not look at what it was told of buckets
-        engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=cfg.train.bucket_size)
+    engine.averaging = nullcontext  # what the last backward pass of a step happens in
+    if cfg.train.zero_stage == 0:
+        engine.enable_backward_allreduce = False
+        if world_size > 1:
+            engine.averaging = GradientAverage(engine.module, cfg.train.bucket_size).during
         engine.clip_fp32_gradients = lambda: None  # _update() does it, at once for all weights
-    if world_size == 1 and cfg.train.zero_stage == 0:
-        engine.enable_backward_allreduce = False  # it copies all gradients, to sum them with nobody's
     return engine
 
 
@@ -173,7 +177,8 @@ def train_step(
     mean = total / distributed.world_size()
     fault = judge(mean)
     phase("backward")
-    _backward(engine, loss if fault is None else loss * torch.nan)  # DeepSpeed drops what is not finite, on all ranks
+    with engine.averaging():
+        _backward(engine, loss if fault is None else loss * torch.nan)  # what is not finite is dropped, on all ranks
     norms = gradient_norms(engine) if measure_gradients and fault is None else None
     phase("update")
     applied = _update(engine, edit)

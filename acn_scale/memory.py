@@ -60,18 +60,24 @@ def memory(cfg: Config, *, stage: int, gpus: int, micro_batch_size: int, recompu
     passes = trace(model, width, cfg.data.mask_ratio, heads, frozen)
     bucket = min(trained, cfg.train.bucket_size) * width
     waiting = bucket if stage >= 2 else trained * width
-    if stage < 2 and accumulates:
-        fullest = passes.peak(micro_batch_size) + waiting
+    # Summed while others are computed they lie in a bucket from the start, or in one of DeepSpeed's two.
+    ahead = bucket if stage == 0 and gpus > 1 else 0.0
+    if stage in (1, 2) and cfg.train.overlap_comm:
+        waiting = 2 * bucket
+    if stage == 0 and accumulates:
+        fullest = passes.peak(micro_batch_size) + waiting + ahead
+    elif stage == 1 and accumulates:
+        fullest = passes.peak(micro_batch_size) + trained * width
     else:
-        fullest = passes.peak(micro_batch_size, waiting)
+        fullest = passes.peak(micro_batch_size, waiting, ahead)
     held = gradients if stage == 3 or (stage == 2 and accumulates) else 0.0
     lasting = bucket + min(count, LIVE) * width if stage == 3 else 0.0
     if stage == 3 and gpus > 1:
         gathering = min(count, GATHERED) * width
         fullest = max(fullest, passes.forward_peak(micro_batch_size) + gathering)
     fullest += held + lasting
-    # The sum over the ranks, of a copy; ZeRO makes it for one rank too.
-    summing = held + waiting + (lasting or bucket) * (gpus > 1 or stage > 0)
+    # ZeRO sums them in a copy, for one rank too.
+    summing = held + waiting + (lasting or bucket) * (stage > 0)
     # The update: a copy of the gradients of the rank's flat part, or of 16-bit ones; AdamW itself works in place.
     temporary = 4 * trained * share if stage or half else 0.0
     update = gradients + temporary + (bucket if stage == 3 else 0.0)
@@ -101,9 +107,10 @@ class Trace:
     gradients: np.ndarray  # (operations,) bytes of the weights' gradients
     forward: int  # operations of the forward pass
 
-    def peak(self, samples: int, waiting: float = 0.0) -> float:
-        """With a batch of `samples`, and of the gradients `waiting` bytes at most."""
-        return float((self.fixed + samples * self.by_sample + np.minimum(self.gradients, waiting)).max())
+    def peak(self, samples: int, waiting: float = 0.0, ahead: float = 0.0) -> float:
+        """With a batch of `samples`, and of the gradients `waiting` bytes at most, for which there is room `ahead`."""
+        gradients = np.minimum(self.gradients + ahead * (self.gradients > 0), waiting)
+        return float((self.fixed + samples * self.by_sample + gradients).max())
 
     def forward_peak(self, samples: int) -> float:
         return float((self.fixed + samples * self.by_sample)[: self.forward].max())

@@ -78,28 +78,38 @@ class Pace:
 
 
 def pace(cfg: Config, cluster: Cluster, gpus: int) -> Pace:
-    """From the arithmetic at the cluster's share of the peak, and the traffic at the speed of its links.
-
-    With ZeRO-3 the backward pass, two thirds of the arithmetic, hides as much of the traffic as it is long. Below it
-    nothing does: DeepSpeed sums gradients while others are computed only if told to, and it is not (engine.py).
-    """
+    """From the arithmetic at the cluster's share of the peak, and the traffic at the speed of its links."""
     total, stage, recompute = cfg.train.global_batch_size, cfg.train.zero_stage, cfg.model.recompute
     most = largest_micro_batch(cfg, stage=stage, gpus=gpus, recompute=recompute, device=cluster.device)
-    sent = traffic(cfg, stage=stage, gpus=gpus, micro_steps=math.ceil(total / gpus / max(1, most)))
+    micro_steps = math.ceil(total / gpus / max(1, most))
+    sent = traffic(cfg, stage=stage, gpus=gpus, micro_steps=micro_steps)
     flops = step_flops(cfg.model, cfg.data.mask_ratio, frozen=cfg.train.freeze) * total
     compute = flops / gpus / (cluster.device.peak[cfg.train.precision] * cluster.mfu)
-    hidden = 2 / 3 * compute if stage == 3 else 0.0
-    return Pace(gpus, sent, compute + max(0.0, sent / cluster.link - hidden))
+    moving = sent / cluster.link
+    return Pace(gpus, sent, compute + max(0.0, moving - _hidden(cfg, stage, micro_steps, moving, 2 / 3 * compute)))
+
+
+def _hidden(cfg: Config, stage: int, micro_steps: int, moving: float, backward: float) -> float:
+    """Seconds of the traffic's that the backward passes of a step take anyway: all of them with ZeRO-3, else those of
+    gradients that are summed while others are computed. After the last bucket of them there are no others.
+    """
+    if stage == 3:
+        return backward
+    if stage and not cfg.train.overlap_comm:
+        return 0.0
+    summing = {0: 1.0, 1: 1 / 2, 2: micro_steps / (micro_steps + 1)}[stage]  # of the traffic; the rest are weights
+    last = min(1.0, cfg.train.bucket_size / parameters(cfg.model, cfg.train.freeze))
+    return min(backward if stage == 2 else backward / micro_steps, summing * (1 - last) * moving)
 
 
 def bucket_size(cfg: Config, cluster: Cluster) -> int:
-    """Gradients of a bucket that takes the GPUs no more than `LATENCY` of waiting to sum; all of them where they are
-    fewer. A larger one takes more memory and is hardly faster.
+    """Gradients of a bucket that takes the GPUs no more than `LATENCY` of waiting to sum, or a quarter of all where
+    that is less: the last bucket is summed when nothing is left to compute. A larger one takes more memory too.
 
     In a ring of n GPUs each sends an n-th of the bucket 2 (n - 1) times, and waits for each.
     """
     size = cluster.gpus * cluster.latency * cluster.link * (1 / LATENCY - 1)
-    return min(parameters(cfg.model, cfg.train.freeze), math.ceil(size / _width(cfg)))
+    return math.ceil(min(parameters(cfg.model, cfg.train.freeze) / 4, size / _width(cfg)))
 
 
 def shards_per_node(cfg: Config, shards: int, cluster: Cluster) -> int:
@@ -176,7 +186,9 @@ def _pace_table(cfg: Config, cluster: Cluster, steps: int) -> str:
 
 def _buckets(cfg: Config, cluster: Cluster) -> str:
     size = bucket_size(cfg, cluster)
+    waiting = cluster.gpus * cluster.latency
+    waiting /= waiting + size * _width(cfg) / cluster.link
     return (
         f"train.bucket_size={size} (this config: {cfg.train.bucket_size}): {size * _width(cfg) / 2**30:.2f} GiB of "
-        f"gradients, at {1e6 * cluster.latency:g} us a message {LATENCY:.0%} of the time to sum them is waiting"
+        f"gradients, at {1e6 * cluster.latency:g} us a message {waiting:.0%} of the time to sum them is waiting"
     )

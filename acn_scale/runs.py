@@ -32,9 +32,10 @@ def run_folder(cfg: Config) -> Path:
 
 # Keys that may change between two starts: what the run computes does not depend on them but by rounding. Shards are
 # known by what they hold, wherever they lie.
-FREE = ("run.dir", "train.zero_stage", "train.micro_batch_size", "train.bucket_size", "train.offload", "train.compile",
-        "model.recompute", "data.train", "data.eval", "data.workers", "data.verify_checksums", "data.max_bad_samples",
-        "data.remote.", "eval.batch_size", "checkpoint.", "health.", "profile.")  # fmt: skip
+FREE = ("run.dir", "train.zero_stage", "train.micro_batch_size", "train.bucket_size", "train.overlap_comm",
+        "train.offload", "train.compile", "model.recompute", "data.train", "data.eval", "data.workers",
+        "data.verify_checksums", "data.max_bad_samples", "data.remote.", "eval.batch_size", "checkpoint.", "health.",
+        "profile.")  # fmt: skip
 
 
 COMMIT = "COMMIT"  # beside the package in a snapshot: what it is a snapshot of

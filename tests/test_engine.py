@@ -89,18 +89,18 @@ def test_zero_equals_plain_pytorch(
 
 
 def sums_of_a_run(cfg: Config) -> tuple[list[float], list[int]]:
-    """The losses of a few steps on this rank, and how many numbers DeepSpeed sums over the ranks at once."""
+    """The losses of a few steps on this rank, and how many numbers are summed over the ranks at once."""
     sizes = []
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_reduce", "reduce_scatter_tensor"):
-            communicate = getattr(TorchBackend, name)
+        for place, name in ((torch.distributed, "all_reduce"), (TorchBackend, "reduce_scatter_tensor")):
+            communicate = getattr(place, name)
 
             def noted(*args: Any, communicate: Callable = communicate, **keys: Any) -> Any:
                 tensors = (each for each in (*args, *keys.values()) if isinstance(each, torch.Tensor))
                 sizes.append(max(tensor.numel() for tensor in tensors))
                 return communicate(*args, **keys)
 
-            patch.setattr(TorchBackend, name, noted)
+            patch.setattr(place, name, noted)
         losses, *_ = engine_run(cfg, steps=3)
     return losses, sizes
 
@@ -109,12 +109,16 @@ def sums_of_a_run(cfg: Config) -> tuple[list[float], list[int]]:
 def test_buckets_are_as_large_as_asked_for_and_change_no_result(
     two_ranks: Callable, vit: Callable[..., Config], stage: int
 ) -> None:
-    """One is as large as the largest weight where that is more than it was asked to be."""
+    """One is as large as the largest weight where that is more than it was asked to be; and so where they are summed
+    while others are computed.
+    """
     train, largest = {"zero_stage": stage, "micro_batch_size": 4}, 16 * 64
-    whole, small = (two_ranks(sums_of_a_run, vit(train=train | more)) for more in ({}, {"bucket_size": 1500}))
-    for (losses, sizes), (same, smaller) in zip(whole, small, strict=True):
-        assert losses == same
-        assert max(smaller) <= 1500 + largest < max(sizes)
+    small, early = {"bucket_size": 1500}, {"bucket_size": 1500, "overlap_comm": True}
+    runs = [two_ranks(sums_of_a_run, vit(train=train | more)) for more in ({}, small, early)]
+    for (losses, sizes), *others in zip(*runs, strict=True):
+        for same, smaller in others:
+            assert losses == same
+            assert max(smaller) <= 1500 + largest < max(sizes)
 
 
 def losses_of(cfgs: list[Config], plain: bool) -> list[list[float]]:

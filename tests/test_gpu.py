@@ -11,7 +11,7 @@ import torch
 from glue_runs import fine_tune, fine_tuning
 from networks import bert, mixer, vit
 from ranks import Ranks
-from test_engine import weights_after
+from test_engine import sums_of_a_run, weights_after
 from test_models import batch_for
 from test_pretrain import measured, named, run, run_until
 
@@ -130,6 +130,8 @@ def test_a_cut_while_training_equals_a_start_from_it(gpu: Ranks, vit: Callable[.
         ({"zero_stage": 3, "offload": "parameters"}, {}),
         ({"zero_stage": 3}, {"recompute": True}),
         ({"zero_stage": 2, "ema_decay": 0.9}, {}),
+        ({"zero_stage": 1, "overlap_comm": True, "bucket_size": 1500}, {}),
+        ({"zero_stage": 2, "overlap_comm": True, "bucket_size": 1500}, {}),
     ],
     ids=str,
 )
@@ -141,6 +143,21 @@ def test_what_saves_time_or_memory_changes_nothing(
     for cfg in (plain, other):
         gpu(run, cfg)
     assert losses(other) == pytest.approx(losses(plain), abs=1e-4)
+
+
+@pytest.mark.skipif("," not in gpus.FOUND, reason="one GPU")
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_sums_while_others_are_computed_change_nothing(vit: Callable[..., Config], stage: int) -> None:
+    """Between two GPUs."""
+    ranks = Ranks(2, gpus)
+    try:
+        (whole, _), (parts, _) = (
+            ranks(sums_of_a_run, vit(train={"zero_stage": stage, "overlap_comm": True, "bucket_size": size}))[0]
+            for size in (10**6, 1500)
+        )
+    finally:
+        ranks.close()
+    assert parts == whole
 
 
 @pytest.mark.parametrize("task", ["cola", "mrpc", "stsb"])

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "acn_scale"
 # A module may import from rows above its own, and from its own row within one package.
 ROWS = [
     {"errors"},
-    {"durations", "files", "stopping", "hardware", "zero", "tables", "foreach"},
+    {"durations", "files", "stopping", "hardware", "zero", "tables", "foreach", "averaging"},
     {"config"},
     {"cli", "distributed"},
     {"log", "progress", "runs", "models", "data", "optim", "guard", "profiling"},

@@ -41,8 +41,12 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of weights and activations in the passes")
     zero_stage: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage")
     bucket_size: int = Field(
-        500_000_000, ge=1, description="gradients that are summed over the ranks at once, at most; tools/plan.py has "
+        25_000_000, ge=1, description="gradients that are summed over the ranks at once, at most; tools/plan.py has "
         "the number for a link",
+    )  # fmt: skip
+    overlap_comm: bool = Field(
+        False, description="ZeRO-1 and 2: DeepSpeed sums gradients while others are computed, as is always done with "
+        "ZeRO-0 and 3",
     )  # fmt: skip
     offload: Literal["none", "optimizer", "parameters"] = Field(
         "none", description="what lies in main memory instead of a GPU's: the optimizer's state (ZeRO 1 to 3), or also "
