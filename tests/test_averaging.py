@@ -68,8 +68,10 @@ def averaged(_: None) -> dict[str, list[list[float] | None]]:
         model(left_first=True, rare=True).backward()  # nobody's but this rank's
     alone = [weight.grad for weight in model.parameters()]
     model.zero_grad()
+    torch.use_deterministic_algorithms(True)  # what nobody has written is NaN then
     with average.during():
         (model(left_first=rank == 0, rare=rank == 0) * (rank + 1)).backward()
+    torch.use_deterministic_algorithms(False)
     return {"alone": alone, "mean": [weight.grad.tolist() for weight in model.parameters()]}
 
 
