@@ -85,11 +85,11 @@ class GradientAverage:
 
 
 def _dealt(weights: Sequence[nn.Parameter], size: int) -> Iterator[list[nn.Parameter]]:
-    """In their order, numbers of one type and no more than `size` of them, but for a larger weight by itself."""
+    """In their order, no more than `size` numbers, but for a larger weight by itself."""
     bucket: list[nn.Parameter] = []
     for weight in weights:
         held = sum(other.numel() for other in bucket)
-        if bucket and (held + weight.numel() > size or weight.dtype != bucket[0].dtype):
+        if bucket and held + weight.numel() > size:
             yield bucket
             bucket = []
         bucket.append(weight)
