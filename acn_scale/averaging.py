@@ -3,6 +3,7 @@
 DeepSpeed begins when the backward pass has ended, and sums a copy of them.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +11,13 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, distributed, nn
+
+BUCKETS = 8  # at least: the last is summed when nothing is left to compute
+
+
+def bucket_size(most: int, gradients: int) -> int:
+    """Numbers of a bucket, where so many `gradients` are summed while others are computed, `most` of them at once."""
+    return min(most, math.ceil(gradients / BUCKETS))
 
 
 class Bucket:
@@ -45,11 +53,12 @@ class Bucket:
 
 
 class GradientAverage:
-    """Averages the gradients of a model's weights over the ranks, `bucket_size` numbers at once."""
+    """Averages the gradients of a model's weights over the ranks, at most so many at once."""
 
-    def __init__(self, model: nn.Module, bucket_size: int) -> None:
+    def __init__(self, model: nn.Module, most: int) -> None:
         trained = [weight for weight in model.parameters() if weight.requires_grad]
-        self.buckets = [Bucket(weights) for weights in _dealt(trained[::-1], bucket_size)]  # the top's come first
+        size = bucket_size(most, sum(weight.numel() for weight in trained))
+        self.buckets = [Bucket(weights) for weights in _dealt(trained[::-1], size)]  # the top's come first
         self.sent = 0
         self.on = False
         for bucket in self.buckets:

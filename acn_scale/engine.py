@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from acn_scale import distributed, foreach
-from acn_scale.averaging import GradientAverage
+from acn_scale.averaging import GradientAverage, bucket_size
 from acn_scale.config import Config, OptimConfig
 from acn_scale.errors import UserError
 from acn_scale.optim import build_optimizer, parameter_groups, part_of
@@ -27,12 +27,12 @@ def deepspeed_config(cfg: Config, world_size: int, parameters: int) -> dict[str,
     `parameters`: how many numbers are trained; it takes the whole of a bucket's memory, however few they are.
     """
     micro_batch_size = cfg.micro_batch_size(world_size)
-    bucket = min(cfg.train.bucket_size, parameters)
-    zero: dict[str, Any] = {"stage": cfg.train.zero_stage, "reduce_bucket_size": bucket}
-    if zero["stage"] in (1, 2):
+    zero: dict[str, Any] = {"stage": cfg.train.zero_stage}
+    zero["reduce_bucket_size"] = min(cfg.train.bucket_size, parameters)
+    if cfg.train.zero_stage in (1, 2) and cfg.train.overlap_comm:
         # Off by default, as DeepSpeed's is: before the version pinned here, races between CUDA streams spoilt gradients
         # without a word (its issues 5545 and 8061).
-        zero["overlap_comm"] = cfg.train.overlap_comm
+        zero |= {"overlap_comm": True, "reduce_bucket_size": bucket_size(cfg.train.bucket_size, parameters)}
     if cfg.train.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if cfg.train.offload == "parameters":

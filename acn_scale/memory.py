@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from acn_scale.averaging import bucket_size
 from acn_scale.config import Config, ModelConfig
 from acn_scale.curriculum import loss_weights
 from acn_scale.depth import batch_of
@@ -61,9 +62,10 @@ def memory(cfg: Config, *, stage: int, gpus: int, micro_batch_size: int, recompu
     bucket = min(trained, cfg.train.bucket_size) * width
     waiting = bucket if stage >= 2 else trained * width
     # Summed while others are computed they lie in a bucket from the start, or in one of DeepSpeed's two.
-    ahead = bucket if stage == 0 and gpus > 1 else 0.0
+    part = bucket_size(cfg.train.bucket_size, trained) * width
+    ahead = part if stage == 0 and gpus > 1 else 0.0
     if stage in (1, 2) and cfg.train.overlap_comm:
-        waiting = 2 * bucket
+        bucket, waiting = part, 2 * part
     if stage == 0 and accumulates:
         fullest = passes.peak(micro_batch_size) + waiting + ahead
     elif stage == 1 and accumulates:

@@ -4,6 +4,7 @@ import bisect
 import math
 from dataclasses import dataclass
 
+from acn_scale import averaging
 from acn_scale.config import Config
 from acn_scale.data.shards import ShardIndex
 from acn_scale.depth import as_trained, step_flops
@@ -98,18 +99,21 @@ def _hidden(cfg: Config, stage: int, micro_steps: int, moving: float, backward: 
     if stage and not cfg.train.overlap_comm:
         return 0.0
     summing = {0: 1.0, 1: 1 / 2, 2: micro_steps / (micro_steps + 1)}[stage]  # of the traffic; the rest are weights
-    last = min(1.0, cfg.train.bucket_size / parameters(cfg.model, cfg.train.freeze))
+    trained = parameters(cfg.model, cfg.train.freeze)
+    last = averaging.bucket_size(cfg.train.bucket_size, trained) / trained
     return min(backward if stage == 2 else backward / micro_steps, summing * (1 - last) * moving)
 
 
 def bucket_size(cfg: Config, cluster: Cluster) -> int:
-    """Gradients of a bucket that takes the GPUs no more than `LATENCY` of waiting to sum, or a quarter of all where
-    that is less: the last bucket is summed when nothing is left to compute. A larger one takes more memory too.
+    """Gradients of a bucket that takes the GPUs no more than `LATENCY` of waiting to sum, or where they are summed
+    while others are computed, at most a bucket of those. A larger one takes more memory and is hardly faster.
 
     In a ring of n GPUs each sends an n-th of the bucket 2 (n - 1) times, and waits for each.
     """
     size = cluster.gpus * cluster.latency * cluster.link * (1 / LATENCY - 1)
-    return math.ceil(min(parameters(cfg.model, cfg.train.freeze) / 4, size / _width(cfg)))
+    size, trained = math.ceil(size / _width(cfg)), parameters(cfg.model, cfg.train.freeze)
+    early = cfg.train.zero_stage == 0 or cfg.train.overlap_comm
+    return averaging.bucket_size(size, trained) if early else min(size, trained)
 
 
 def shards_per_node(cfg: Config, shards: int, cluster: Cluster) -> int:

@@ -65,7 +65,7 @@ class Fork(nn.Module):
 def averaged(_: None) -> dict[str, list[list[float] | None]]:
     rank = distributed.rank()
     model = Fork()
-    average = GradientAverage(model, bucket_size=3)
+    average = GradientAverage(model, most=3)
     if rank == 0:
         model(left_first=True, rare=True).backward()  # nobody's but this rank's
     alone = [weight.grad for weight in model.parameters()]

@@ -175,13 +175,12 @@ def test_pace() -> None:
 
 @pytest.mark.parametrize(
     ("stage", "early", "seen"),
-    [(0, False, 1 / 4), (1, False, 1.0), (1, True, 5 / 8), (2, False, 1.0), (2, True, 5 / 8), (3, False, 0.0)],
+    [(0, False, 1 / 8), (1, False, 1.0), (1, True, 9 / 16), (2, False, 1.0), (2, True, 9 / 16), (3, False, 0.0)],
 )
 def test_sums_while_others_are_computed_take_no_time(stage: int, early: bool, seen: float) -> None:
-    """But for the last bucket, a quarter; and what ZeRO-1 and 2 share out of weights is half of the traffic."""
+    """But for the last bucket, an eighth; and weights that ZeRO-1 and 2 share out are half of the traffic."""
     link, model = 1e11, VIT | {"depth": 2, "dim": 192}
-    bucket = parameters(config(model).model) // 4
-    cfg = config(model, micro=4096, zero_stage=stage, overlap_comm=early, bucket_size=bucket)
+    cfg = config(model, micro=4096, zero_stage=stage, overlap_comm=early)
     cluster = Cluster(1, 8, DEVICES["a100-80gb"], 0.5, link, 0.0, 0.0)
     compute, at = pace(cfg, cluster, 1).step_seconds / 8, pace(cfg, cluster, 8)
     assert 0 < at.sent / link < 2 / 3 * compute
@@ -204,14 +203,16 @@ def test_below_zero_2_only_the_last_backward_pass_hides_sums(stage: int) -> None
 
 
 def test_a_bucket_is_so_large_that_latency_is_a_small_share() -> None:
-    """A twentieth of the time in which a ring sums it; more GPUs deal it to smaller messages. It holds no more than a
-    quarter of the gradients."""
-    cfg, device = config(VIT | {"depth": 6, "dim": 256}, precision="bf16"), DEVICES["a100-80gb"]
+    """A twentieth of the time in which a ring sums it; more GPUs deal it to smaller messages. It holds no more
+    gradients than there are, and no more than an eighth where they are summed while others are computed."""
+    cfg, device = config(VIT | {"depth": 8, "dim": 384}, precision="bf16"), DEVICES["a100-80gb"]
     for gpus, link, latency in ((4, 1e9, 1e-6), (8, 1e9, 1e-5), (8, 4e9, 1e-6)):
         size = bucket_size(cfg, Cluster(1, gpus, device, 0.5, link, latency, 0.0))
         moving = 2 * size / gpus / link  # bf16: two bytes each
         assert latency / (latency + moving) == pytest.approx(0.05, rel=1e-3)
-    assert bucket_size(cfg, Cluster(64, 8, device, 0.5, 25e9, 2e-5, 0.0)) == math.ceil(parameters(cfg.model) / 4)
+    assert bucket_size(cfg, Cluster(64, 8, device, 0.5, 25e9, 2e-5, 0.0)) == math.ceil(parameters(cfg.model) / 8)
+    cfg = config(VIT | {"depth": 8, "dim": 384}, precision="bf16", zero_stage=1)
+    assert bucket_size(cfg, Cluster(64, 8, device, 0.5, 25e9, 2e-5, 0.0)) == parameters(cfg.model)
 
 
 def test_shards_of_a_node(vit: Callable[..., Config]) -> None:
@@ -231,8 +232,8 @@ def test_the_page(vit: Callable[..., Config]) -> None:
     gpus = [line.split()[0] for line in lines if re.match(r"[\d,]+ ", line)]
     assert gpus[:10] == ["1", "2", "4", "8", "16", "32", "64", "128", "256", "512"]
     assert "512 samples cannot be dealt to 1,024, 2,048, 4,096 GPUs" in text
-    quarter = math.ceil(parameters(cfg.model) / 4)
-    assert f"train.bucket_size={quarter} (this config: 25000000)" in text
+    eighth = math.ceil(parameters(cfg.model) / 8)
+    assert f"train.bucket_size={eighth} (this config: 25000000)" in text
     assert lines[-1] == "28 of 28 shards are read by each node in an epoch"
 
 

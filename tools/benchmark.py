@@ -29,7 +29,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, nargs=2, metavar=("ACN", "TWIN"), default=RUNS,
                         help="for inference; default: those of `make quickstart`")  # fmt: skip
     parser.add_argument("--rounds", type=positive, default=5, help="rounds that count (default: 5)")
-    parser.add_argument("--threads", type=positive, help="of each process (default: PyTorch's; data always has one)")
+    parser.add_argument(
+        "--threads", type=positive, help="of each side, for all its ranks (default: PyTorch's; data always has one)"
+    )
     parser.add_argument("--compile", action="store_true", help="the blocks of both sides (model, loop)")
     parser.add_argument("--ranks", type=positive, default=1, help="of each side of model, as many processes with a GPU "
                         "of their own, or on the CPU, each with a whole batch (default: 1)")  # fmt: skip

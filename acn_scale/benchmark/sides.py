@@ -32,10 +32,11 @@ class Side:
     def __enter__(self) -> Self:
         context = multiprocessing.get_context("spawn")  # nothing of this process goes with it
         self._connections, self._processes, port = [], [], free_port()
+        threads = max(1, torch.get_num_threads() // self._ranks)  # more than cores would wait for each other
         for rank in range(self._ranks):
             connection, other = context.Pipe()
             given = environment(self._ranks, rank, port)
-            process = context.Process(target=_serve, args=(other, given, torch.get_num_threads(), *self._build))
+            process = context.Process(target=_serve, args=(other, given, threads, *self._build))
             process.start()
             other.close()
             self._connections.append(connection)
