@@ -10,7 +10,10 @@ from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
-from torch import Tensor, distributed, nn
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from acn_scale import distributed
 
 BUCKETS = 8  # at least: the last is summed when nothing is left to compute
 
@@ -31,7 +34,7 @@ class Bucket:
     def empty(self) -> None:
         self.gradients: Tensor | None = None
         self.missing = set(range(len(self.weights)))
-        self.work: distributed.Work | None = None
+        self.work: dist.Work | None = None
 
     def take(self, place: int) -> None:
         """Move a weight's gradient here, zeros where it has none, so that all ranks sum the same."""
@@ -44,11 +47,11 @@ class Bucket:
         self.missing.remove(place)
 
     def send(self) -> None:
-        self.work = distributed.all_reduce(self.gradients, async_op=True)
+        self.work = dist.all_reduce(self.gradients, async_op=True)
 
     def receive(self) -> None:
         self.work.wait()
-        self.gradients.mul_(1 / distributed.get_world_size())
+        self.gradients.mul_(1 / dist.get_world_size())
         self.empty()
 
 
@@ -77,8 +80,9 @@ class GradientAverage:
             for place in sorted(bucket.missing):
                 bucket.take(place)
         self._send()
-        for bucket in self.buckets:
-            bucket.receive()
+        with distributed.waiting():
+            for bucket in self.buckets:
+                bucket.receive()
         self.sent = 0
 
     def _arrived(self, bucket: Bucket, place: int, weight: nn.Parameter) -> None:

@@ -104,11 +104,17 @@ def sum_on_cpu(values: list[float]) -> list[float]:
 
 
 def _sum_on_cpu(values: torch.Tensor) -> None:
+    if world_size() > 1:
+        with waiting():
+            dist.all_reduce(values, group=_control)
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Within it this rank waits for the others."""
     global waits
-    if world_size() == 1:
-        return
     waits = True
-    dist.all_reduce(values, group=_control)
+    yield
     waits = False
 
 

@@ -12,13 +12,13 @@ import forked
 from made import numbers_in
 
 PATIENCE = 120  # seconds for one start
+Hang = tuple[int, int, str]  # a rank, and the micro batch whose "data" or "backward" pass it never gets to the end of
 
 
 class Start:
     """The ranks of one start of `deepspeed acn_scale/pretrain.py ARGUMENTS`; they write beside `record`."""
 
-    def __init__(self, arguments: Sequence[str], record: Path, ranks: int, hang: tuple[int, int] | None = None) -> None:
-        """`hang`: a rank, and the micro batch that it waits for without end."""
+    def __init__(self, arguments: Sequence[str], record: Path, ranks: int, hang: Hang | None = None) -> None:
         self.record = record
         port = random.randint(20_000, 30_000)
         self.processes = [forked.process(pretrain, arguments, record, rank, ranks, port, hang) for rank in range(ranks)]
@@ -62,9 +62,9 @@ def said(record: Path, rank: int = 0) -> str:
     return record.with_suffix(f".{rank}.err").read_text()
 
 
-def pretrain(
-    arguments: Sequence[str], record: Path, rank: int, ranks: int, port: int, hang: tuple[int, int] | None
-) -> None:
+def pretrain(arguments: Sequence[str], record: Path, rank: int, ranks: int, port: int, hang: Hang | None) -> None:
+    import torch
+
     from acn_scale import pretrain
     from acn_scale.cli import exit_on_user_error
     from acn_scale.data.samples import Batch
@@ -74,8 +74,10 @@ def pretrain(
     file = record.with_suffix(f".{rank}").open("ab", buffering=0)
 
     def recorded(stream: Stream) -> Batch:
-        if hang == (rank, stream.taken):
+        if hang == (rank, stream.taken, "data"):
             time.sleep(1000)
+        if hang == (rank, stream.taken, "backward"):
+            torch.Tensor.backward = lambda *_, **__: time.sleep(1000)
         place, batch = stream.taken, take(stream)
         file.write(json.dumps([place, numbers_in(batch["images"])]).encode() + b"\n")
         return batch

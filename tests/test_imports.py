@@ -10,10 +10,10 @@ PACKAGE = ROOT / "acn_scale"
 # A module may import from rows above its own, and from its own row within one package.
 ROWS = [
     {"errors"},
-    {"durations", "files", "stopping", "hardware", "zero", "tables", "foreach", "averaging"},
+    {"durations", "files", "stopping", "hardware", "zero", "tables", "foreach"},
     {"config"},
     {"cli", "distributed"},
-    {"log", "progress", "runs", "models", "data", "optim", "guard", "profiling"},
+    {"log", "progress", "runs", "models", "data", "optim", "guard", "profiling", "averaging"},
     {"engine", "reshape", "depth", "watchdog", "curriculum", "gradients", "pruning"},
     {"checkpoint", "ema", "memory", "dead_blocks", "early_exit", "continual"},
     {"convert", "batches", "results", "saving"},

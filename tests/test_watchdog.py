@@ -39,9 +39,10 @@ def failure(tmp_path: Path) -> dict:
     return json.loads((tmp_path / "runs/tiny/health/failure.json").read_text())
 
 
-def test_a_rank_that_hangs_is_named(tmp_path: Path, arguments: list[str]) -> None:
-    """It waits for its data for ever, and the other one waits for it."""
-    start = Start(arguments, tmp_path / "record", 2, hang=(1, 25))
+@pytest.mark.parametrize("phase", ["data", "backward"])
+def test_a_rank_that_hangs_is_named(tmp_path: Path, arguments: list[str], phase: str) -> None:
+    """And the other one waits for it, in the backward pass for its gradients."""
+    start = Start(arguments, tmp_path / "record", 2, hang=(1, 25, phase))
     start.after(25)
     begin = time.monotonic()
     first, second = start.wait()
@@ -49,7 +50,8 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, arguments: list[str]) -> Non
     assert first in (1, EXIT_ABORTED)  # it may have seen the other one go
     assert time.monotonic() - begin < 3 + 20
     reason = failure(tmp_path)["reason"]
-    assert re.match(r"rank 1 \(.*, process \d+\), step 26, data, hangs for \d+ s \(health.hang_timeout = 3\)", reason)
+    place = rf"rank 1 \(.*, process \d+\), step 26, {phase}, hangs for \d+ s \(health.hang_timeout = 3\)"
+    assert re.match(place, reason)
     for rank in range(2):
         assert "rank 1 (" in said(tmp_path / "record", rank)
 
