@@ -114,8 +114,10 @@ def waiting() -> Iterator[None]:
     """Within it this rank waits for the others."""
     global waits
     waits = True
-    yield
-    waits = False
+    try:
+        yield
+    finally:
+        waits = False
 
 
 def union(items: list[Any]) -> list[Any]:

@@ -9,16 +9,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from acn_scale import distributed, foreach
-from acn_scale.averaging import GradientAverage, bucket_size
+from acn_scale.averaging import averaging, bucket_size, dealt
 from acn_scale.config import Config, OptimConfig
 from acn_scale.errors import UserError
-from acn_scale.optim import build_optimizer, parameter_groups, part_of
+from acn_scale.optim import build_optimizer, from_the_top, parameter_groups, part_of
 
 
 def deepspeed_config(cfg: Config, world_size: int, parameters: int) -> dict[str, Any]:
@@ -27,12 +28,12 @@ def deepspeed_config(cfg: Config, world_size: int, parameters: int) -> dict[str,
     `parameters`: how many numbers are trained; it takes the whole of a bucket's memory, however few they are.
     """
     micro_batch_size = cfg.micro_batch_size(world_size)
-    zero: dict[str, Any] = {"stage": cfg.train.zero_stage}
-    zero["reduce_bucket_size"] = min(cfg.train.bucket_size, parameters)
-    if cfg.train.zero_stage in (1, 2) and cfg.train.overlap_comm:
-        # Off by default, as DeepSpeed's is: before the version pinned here, races between CUDA streams spoilt gradients
-        # without a word (its issues 5545 and 8061).
-        zero |= {"overlap_comm": True, "reduce_bucket_size": bucket_size(cfg.train.bucket_size, parameters)}
+    stage = cfg.train.zero_stage
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket_size(cfg.train, stage, parameters)}
+    if stage in (1, 2):
+        # Off by default, as DeepSpeed's is. Races between CUDA streams spoilt gradients without a word, before what
+        # the version pinned here has (its pull requests 5606, 7965 and 8080).
+        zero["overlap_comm"] = cfg.train.overlap_comm
     if cfg.train.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if cfg.train.offload == "parameters":
@@ -84,7 +85,8 @@ def build_engine(model: nn.Module, cfg: Config, device: torch.device, world_size
     if cfg.train.zero_stage == 0:
         engine.enable_backward_allreduce = False
         if world_size > 1:
-            engine.averaging = GradientAverage(engine.module, cfg.train.bucket_size).during
+            size = bucket_size(cfg.train, 0, trained)
+            engine.averaging = partial(averaging, dealt(from_the_top(engine.module), size))
         engine.clip_fp32_gradients = lambda: None  # _update() does it, at once for all weights
     return engine
 

@@ -20,7 +20,7 @@ from acn_scale.curriculum import loss_weights
 from acn_scale.depth import batch_of
 from acn_scale.models import build_model
 from acn_scale.models.layers import Attention
-from acn_scale.optim import freeze
+from acn_scale.optim import freeze, from_the_top
 
 LIVE = 1_000_000_000  # elements of whole weights that ZeRO-3 holds at once, at most
 GATHERED = 50_000_000  # elements of them that it brings together at once, at most
@@ -56,20 +56,20 @@ def memory(cfg: Config, *, stage: int, gpus: int, micro_batch_size: int, recompu
     gradients = trained * width * (share if stage else 1)
     master = 4 * trained if half or stage else 0
     optimizer = (master + 8 * trained) * (share if stage else 1) + (4 * trained * share if cfg.train.ema_decay else 0)
-    # The passes, to which ZeRO-3 brings whole weights. Whole gradients wait to be summed: all of them up to ZeRO-1.
+    # The passes, to which ZeRO-3 brings whole weights. Whole gradients wait to be summed: up to ZeRO-1 all of them,
+    # unless they are summed early.
     heads = loss_weights(cfg.early_exit, model.depth, step=1, steps=2)  # as many as in any step
     passes = trace(model, width, cfg.data.mask_ratio, heads, frozen)
-    bucket = min(trained, cfg.train.bucket_size) * width
-    waiting = bucket if stage >= 2 else trained * width
+    bucket = bucket_size(cfg.train, stage, trained) * width
+    largest = max(weight.numel() for weight in trained_weights(model, frozen)) * width
+    piece = max(bucket, largest)
+    waiting = piece if stage >= 2 else trained * width
     # Summed while others are computed they lie in a bucket from the start, or in one of DeepSpeed's two.
-    part = bucket_size(cfg.train.bucket_size, trained) * width
-    ahead = part if stage == 0 and gpus > 1 else 0.0
+    ahead = bucket if stage == 0 and gpus > 1 else 0.0
     if stage in (1, 2) and cfg.train.overlap_comm:
-        bucket, waiting = part, 2 * part
-    if stage == 0 and accumulates:
-        fullest = passes.peak(micro_batch_size) + waiting + ahead
-    elif stage == 1 and accumulates:
-        fullest = passes.peak(micro_batch_size) + trained * width
+        waiting = bucket + piece
+    if stage < 2 and accumulates:  # to all of them, where a new one lies beside those that there are
+        fullest = passes.peak(micro_batch_size) + trained * width + max(ahead, largest)
     else:
         fullest = passes.peak(micro_batch_size, waiting, ahead)
     held = gradients if stage == 3 or (stage == 2 and accumulates) else 0.0
@@ -78,8 +78,8 @@ def memory(cfg: Config, *, stage: int, gpus: int, micro_batch_size: int, recompu
         gathering = min(count, GATHERED) * width
         fullest = max(fullest, passes.forward_peak(micro_batch_size) + gathering)
     fullest += held + lasting
-    # ZeRO sums them in a copy, for one rank too.
-    summing = held + waiting + (lasting or bucket) * (stage > 0)
+    # ZeRO sums a copy of them, for one rank too; without, a copy is moved into its bucket.
+    summing = held + waiting + ((lasting or piece) if stage else largest * (gpus > 1))
     # The update: a copy of the gradients of the rank's flat part, or of 16-bit ones; AdamW itself works in place.
     temporary = 4 * trained * share if stage or half else 0.0
     update = gradients + temporary + (bucket if stage == 3 else 0.0)
@@ -90,14 +90,19 @@ def memory(cfg: Config, *, stage: int, gpus: int, micro_batch_size: int, recompu
     return Memory(weights, gradients, optimizer, max(fullest, summing, update) - gradients)
 
 
-@lru_cache
 def parameters(model: ModelConfig, frozen: bool = False) -> int:
     """How many numbers are trained; `frozen`: all but the head is."""
+    return sum(weight.numel() for weight in trained_weights(model, frozen))
+
+
+@lru_cache
+def trained_weights(model: ModelConfig, frozen: bool) -> tuple[nn.Parameter, ...]:
+    """Without their values, from the top down."""
     with torch.device("meta"):
         network = build_model(model)
     if frozen:
         freeze(network)
-    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    return tuple(from_the_top(network))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,18 @@ def part_of(name: str) -> str:
     return f"block_{int(match[1]) + 1:02d}" if match else name.split(".")[0]
 
 
+def level_of(name: str) -> float:
+    """0 for a weight of the embedding, then the number of its block; infinity for the head's."""
+    part = part_of(name)
+    return 0 if part == "embed" else int(part[6:]) if part.startswith("block_") else math.inf
+
+
+def from_the_top(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that are trained, in about the order in which a backward pass comes to them."""
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    return [weight for _, weight in sorted(named[::-1], key=lambda each: -level_of(each[0]))]
+
+
 def freeze(model: nn.Module) -> None:
     """Leave the head alone to be trained; a weight that it shares with another part is not."""
     for name, parameter in model.named_parameters():
@@ -37,9 +49,8 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part, matrix = part_of(name), parameter.ndim >= 2
-        level = int(part[6:]) if part.startswith("block_") else 0 if part == "embed" else depth + 1
-        muon = cfg.name == "muon" and matrix and part.startswith("block_")
+        level, matrix = min(level_of(name), depth + 1), parameter.ndim >= 2
+        muon = cfg.name == "muon" and matrix and 0 < level <= depth
         decay = cfg.weight_decay if matrix else 0.0
         scale = cfg.layer_decay ** (depth + 1 - level)
         size = muon_scale(parameter) if muon else 1.0

@@ -5,13 +5,14 @@ import math
 from dataclasses import dataclass
 
 from acn_scale import averaging
+from acn_scale.averaging import dealt
 from acn_scale.config import Config
 from acn_scale.data.shards import ShardIndex
 from acn_scale.depth import as_trained, step_flops
 from acn_scale.durations import Horizon
 from acn_scale.errors import UserError
 from acn_scale.hardware import Device
-from acn_scale.memory import memory, parameters
+from acn_scale.memory import memory, parameters, trained_weights
 from acn_scale.tables import aligned
 
 STAGES = (0, 1, 2, 3)
@@ -99,8 +100,9 @@ def _hidden(cfg: Config, stage: int, micro_steps: int, moving: float, backward: 
     if stage and not cfg.train.overlap_comm:
         return 0.0
     summing = {0: 1.0, 1: 1 / 2, 2: micro_steps / (micro_steps + 1)}[stage]  # of the traffic; the rest are weights
-    trained = parameters(cfg.model, cfg.train.freeze)
-    last = averaging.bucket_size(cfg.train.bucket_size, trained) / trained
+    weights, trained = trained_weights(cfg.model, cfg.train.freeze), parameters(cfg.model, cfg.train.freeze)
+    buckets = dealt(weights, averaging.bucket_size(cfg.train, stage, trained))
+    last = sum(weight.numel() for weight in buckets[-1]) / trained
     return min(backward if stage == 2 else backward / micro_steps, summing * (1 - last) * moving)
 
 
@@ -111,9 +113,8 @@ def bucket_size(cfg: Config, cluster: Cluster) -> int:
     In a ring of n GPUs each sends an n-th of the bucket 2 (n - 1) times, and waits for each.
     """
     size = cluster.gpus * cluster.latency * cluster.link * (1 / LATENCY - 1)
-    size, trained = math.ceil(size / _width(cfg)), parameters(cfg.model, cfg.train.freeze)
-    early = cfg.train.zero_stage == 0 or cfg.train.overlap_comm
-    return averaging.bucket_size(size, trained) if early else min(size, trained)
+    train = cfg.train.model_copy(update={"bucket_size": math.ceil(size / _width(cfg))})
+    return averaging.bucket_size(train, train.zero_stage, parameters(cfg.model, train.freeze))
 
 
 def shards_per_node(cfg: Config, shards: int, cluster: Cluster) -> int:

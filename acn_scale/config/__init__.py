@@ -35,6 +35,7 @@ from acn_scale.config.training import (
     OptimConfig,
     ProfileConfig,
     PruneConfig,
+    TrainConfig,
 )
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "SentenceDataConfig",
     "StreamConfig",
     "TextDataConfig",
+    "TrainConfig",
     "TrunkConfig",
     "ViTConfig",
 ]

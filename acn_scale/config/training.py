@@ -45,8 +45,8 @@ class TrainConfig(Section):
         "the number for a link",
     )  # fmt: skip
     overlap_comm: bool = Field(
-        False, description="ZeRO-1 and 2: DeepSpeed sums gradients while others are computed, as is always done with "
-        "ZeRO-0 and 3",
+        False, description="ZeRO-1 and 2: DeepSpeed sums gradients while others are computed, as it always does with "
+        "ZeRO-3 and as we do with ZeRO-0; not measured on GPUs",
     )  # fmt: skip
     offload: Literal["none", "optimizer", "parameters"] = Field(
         "none", description="what lies in main memory instead of a GPU's: the optimizer's state (ZeRO 1 to 3), or also "

@@ -51,6 +51,7 @@ class Picture:
 
     def resized(self, box: Box, size: int) -> Tensor:
         """The box scaled to (channels, size, size), bilinear and with antialiasing, uint8."""
+        # By way of (1, height, width, channels), or PyTorch would not see that the result can be channels-last too.
         pixels = self._box(box).permute(1, 2, 0)[None].permute(0, 3, 1, 2)
         return nn.functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0]
 

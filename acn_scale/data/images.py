@@ -57,7 +57,7 @@ class ImageDecoder(Decoder):
             raise UserError(f"model.channels = {model.channels}: must be {others}")
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
         # By rows of width x channels: a CPU is slow on axes as short as channels.
-        self.rows = [
+        self.row_statistics = [
             values.expand(model.channels, 1, 1).flatten().repeat(model.image_size) for values in (self.mean, self.std)
         ]
         self.erase = v2.RandomErasing(cfg.random_erasing, value="random", inplace=True)  # noise, as timm's "pixel"
@@ -139,7 +139,7 @@ class ImageDecoder(Decoder):
         if images.dtype != torch.uint8:
             return batch
         pixels = images.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format)
-        mean, std = (row.to(pixels.device, non_blocking=True) for row in self.rows)
+        mean, std = (row.to(pixels.device, non_blocking=True) for row in self.row_statistics)
         pixels.flatten(2).mul_(1 / 255).sub_(mean).div_(std)
         return batch | {"images": pixels.permute(0, 3, 1, 2)}
 
