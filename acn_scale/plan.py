@@ -4,8 +4,7 @@ import bisect
 import math
 from dataclasses import dataclass
 
-from acn_scale import averaging
-from acn_scale.averaging import dealt
+from acn_scale.averaging import bucket_size, dealt
 from acn_scale.config import Config
 from acn_scale.data.shards import ShardIndex
 from acn_scale.depth import as_trained, step_flops
@@ -101,20 +100,20 @@ def _hidden(cfg: Config, stage: int, micro_steps: int, moving: float, backward: 
         return 0.0
     summing = {0: 1.0, 1: 1 / 2, 2: micro_steps / (micro_steps + 1)}[stage]  # of the traffic; the rest are weights
     weights, trained = trained_weights(cfg.model, cfg.train.freeze), parameters(cfg.model, cfg.train.freeze)
-    buckets = dealt(weights, averaging.bucket_size(cfg.train, stage, trained))
+    buckets = dealt(weights, bucket_size(cfg.train, stage, trained))
     last = sum(weight.numel() for weight in buckets[-1]) / trained
     return min(backward if stage == 2 else backward / micro_steps, summing * (1 - last) * moving)
 
 
-def bucket_size(cfg: Config, cluster: Cluster) -> int:
-    """Gradients of a bucket that takes the GPUs no more than `LATENCY` of waiting to sum, or where they are summed
-    while others are computed, at most a bucket of those. A larger one takes more memory and is hardly faster.
+def bucket_for(cfg: Config, cluster: Cluster) -> int:
+    """Gradients of a bucket that takes the GPUs no more than `LATENCY` of waiting to sum, and of which there are as many
+    as averaging.py wants. A larger one takes more memory and is hardly faster.
 
     In a ring of n GPUs each sends an n-th of the bucket 2 (n - 1) times, and waits for each.
     """
     size = cluster.gpus * cluster.latency * cluster.link * (1 / LATENCY - 1)
     train = cfg.train.model_copy(update={"bucket_size": math.ceil(size / _width(cfg))})
-    return averaging.bucket_size(train, train.zero_stage, parameters(cfg.model, train.freeze))
+    return bucket_size(train, train.zero_stage, parameters(cfg.model, train.freeze))
 
 
 def shards_per_node(cfg: Config, shards: int, cluster: Cluster) -> int:
@@ -190,7 +189,7 @@ def _pace_table(cfg: Config, cluster: Cluster, steps: int) -> str:
 
 
 def _buckets(cfg: Config, cluster: Cluster) -> str:
-    size = bucket_size(cfg, cluster)
+    size = bucket_for(cfg, cluster)
     waiting = cluster.gpus * cluster.latency
     waiting /= waiting + size * _width(cfg) / cluster.link
     return (

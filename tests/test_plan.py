@@ -22,7 +22,7 @@ from acn_scale.engine import build_engine, train_step
 from acn_scale.hardware import DEVICES, Device, peak_rate
 from acn_scale.memory import memory, parameters
 from acn_scale.models import build_model
-from acn_scale.plan import Cluster, bucket_size, largest_micro_batch, pace, plan, shards_per_node, traffic
+from acn_scale.plan import Cluster, bucket_for, largest_micro_batch, pace, plan, shards_per_node, traffic
 from acn_scale.runs import read_metrics, run_folder
 
 VIT = {"name": "vit", "num_heads": 4, "image_size": 32, "patch_size": 4, "num_classes": 10, "connectivity": "acn"}
@@ -221,12 +221,12 @@ def test_a_bucket_is_so_large_that_latency_is_a_small_share() -> None:
     gradients than there are, and no more than an eighth where they are summed while others are computed."""
     cfg, device = config(VIT | {"depth": 8, "dim": 384}, precision="bf16"), DEVICES["a100-80gb"]
     for gpus, link, latency in ((4, 1e9, 1e-6), (8, 1e9, 1e-5), (8, 4e9, 1e-6)):
-        size = bucket_size(cfg, Cluster(1, gpus, device, 0.5, link, latency, 0.0))
+        size = bucket_for(cfg, Cluster(1, gpus, device, 0.5, link, latency, 0.0))
         moving = 2 * size / gpus / link  # bf16: two bytes each
         assert latency / (latency + moving) == pytest.approx(0.05, rel=1e-3)
-    assert bucket_size(cfg, Cluster(64, 8, device, 0.5, 25e9, 2e-5, 0.0)) == math.ceil(parameters(cfg.model) / 8)
+    assert bucket_for(cfg, Cluster(64, 8, device, 0.5, 25e9, 2e-5, 0.0)) == math.ceil(parameters(cfg.model) / 8)
     cfg = config(VIT | {"depth": 8, "dim": 384}, precision="bf16", zero_stage=1)
-    assert bucket_size(cfg, Cluster(64, 8, device, 0.5, 25e9, 2e-5, 0.0)) == parameters(cfg.model)
+    assert bucket_for(cfg, Cluster(64, 8, device, 0.5, 25e9, 2e-5, 0.0)) == parameters(cfg.model)
 
 
 def test_shards_of_a_node(vit: Callable[..., Config]) -> None:
