@@ -106,7 +106,7 @@ def _hidden(cfg: Config, stage: int, micro_steps: int, moving: float, backward: 
 
 
 def bucket_for(cfg: Config, cluster: Cluster) -> int:
-    """Gradients of a bucket that takes the GPUs no more than `LATENCY` of waiting to sum; no more than averaging.py puts
+    """Gradients of a bucket that takes the GPUs no more than `LATENCY` of waiting to sum; averaging.py puts no more
     into one. A larger one takes more memory and is hardly faster.
 
     In a ring of n GPUs each sends an n-th of the bucket 2 (n - 1) times, and waits for each.
