@@ -33,6 +33,11 @@ def visible() -> Iterator[Callable[[], float]]:
 
 
 @contextmanager
+def threads() -> Iterator[Callable[[], float]]:
+    yield lambda: float(torch.get_num_threads())
+
+
+@contextmanager
 def summed(unwilling: int) -> Iterator[Callable[[], float]]:
     """The sum of the ranks' numbers from 1; one of them is mistaken instead, and the others wait for it."""
     with distributed.process_group():

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from networks import bert, mixer, network, vit
-from side import side, summed, visible
+from side import side, summed, threads, visible
 from test_models import batch_for
 
 from acn_scale import distributed
@@ -87,6 +87,13 @@ def test_the_ranks_of_a_side_work_together() -> None:
         assert side.measure() == 3.0
     with pytest.raises(UserError, match="rank 1 does not want to"), Side(summed, 1, ranks=2) as side:
         side.measure()
+
+
+def test_the_ranks_of_a_side_share_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for ranks, each in ((1, 2), (2, 1), (3, 1)):
+        with Side(threads, ranks=ranks) as side:
+            assert side.measure() == each
 
 
 def test_a_peer_sums_gradients_over_the_ranks(two_ranks: Callable, tmp_path: Path) -> None:
