@@ -91,8 +91,8 @@ def pace(cfg: Config, cluster: Cluster, gpus: int) -> Pace:
 
 
 def _hidden(cfg: Config, stage: int, micro_steps: int, moving: float, backward: float) -> float:
-    """Seconds of the traffic's that the backward passes of a step take anyway: all of them with ZeRO-3, else those of
-    gradients that are summed while others are computed. After the last bucket of them there are no others.
+    """Seconds of the traffic, `moving` in all, that go by in the backward passes, two thirds of the arithmetic: as many
+    as these take with ZeRO-3, else of gradients that are summed while others are computed. The last bucket has none.
     """
     if stage == 3:
         return backward
@@ -106,8 +106,8 @@ def _hidden(cfg: Config, stage: int, micro_steps: int, moving: float, backward: 
 
 
 def bucket_for(cfg: Config, cluster: Cluster) -> int:
-    """Gradients of a bucket that takes the GPUs no more than `LATENCY` of waiting to sum; averaging.py puts no more
-    into one. A larger one takes more memory and is hardly faster.
+    """Gradients of the smallest bucket that takes the GPUs no more than `LATENCY` of waiting to sum, or of the largest
+    that averaging.py makes, if that is smaller. A larger one takes more memory and is hardly faster.
 
     In a ring of n GPUs each sends an n-th of the bucket 2 (n - 1) times, and waits for each.
     """
