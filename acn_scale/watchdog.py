@@ -10,10 +10,11 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from acn_scale import distributed
 from acn_scale.errors import RunFailed, UserError
@@ -90,8 +91,7 @@ class Watchdog:
             self._print_stacks_when_asked()
             failure = _read(self.folder / FAILURE)
             if failure is not None and not self._over.is_set() and not self._failing:
-                log.error("rank %d ends at step %d, %s: %s", self.rank, self.step, self.phase, failure["reason"])
-                self._end()
+                self._end(failure)
             stuck = time.monotonic() - self.progress > self.timeout and self.phase != "reshape"
             found_at = (found_at or time.monotonic()) if stuck else None
             if stuck and (self.rank == 0 or time.monotonic() - found_at > GRACE):
@@ -129,8 +129,11 @@ class Watchdog:
         """Note the error that ends this rank, unless it is only what the death of another one looks like from here."""
         if isinstance(error, UserError | RunFailed):
             return self._fail(self.rank, str(error))
+        if failure := _read(self.folder / FAILURE):  # the job ends already, and the error is what that does here
+            traceback.print_exception(error)
+            self._end(failure)
         before = _heartbeats(self.folder)
-        if self.world_size > 1 and not _read(self.folder / FAILURE):
+        if self.world_size > 1:
             time.sleep(3 * TICK)
         now = _heartbeats(self.folder)
         for rank, beat in now.items():
@@ -148,8 +151,9 @@ class Watchdog:
             file.write(content)
             log.error("%s", reason)
 
-    def _end(self) -> None:
+    def _end(self, failure: dict[str, Any]) -> NoReturn:
         """Without waiting for anything: the main thread may hang in a collective for ever."""
+        log.error("rank %d ends at step %d, %s: %s", self.rank, self.step, self.phase, failure["reason"])
         for handler in logging.getLogger("acn_scale").handlers:
             handler.flush()
         os._exit(EXIT_ABORTED)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,9 +22,9 @@ from acn_scale import distributed, saving
 from acn_scale.checkpoint import complete
 from acn_scale.cli import load_config
 from acn_scale.config import Config
-from acn_scale.runs import run_folder
+from acn_scale.runs import FAILURE, health_folder, run_folder
 from acn_scale.stopping import EXIT_STOPPED
-from acn_scale.watchdog import EXIT_ABORTED
+from acn_scale.watchdog import EXIT_ABORTED, Watchdog
 
 pytestmark = pytest.mark.slow
 
@@ -45,9 +46,7 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, arguments: list[str], phase:
     start = Start(arguments, tmp_path / "record", 2, hang=(1, 25, phase))
     start.after(25)
     begin = time.monotonic()
-    first, second = start.wait()
-    assert second == EXIT_ABORTED
-    assert first in (1, EXIT_ABORTED)  # it may have seen the other one go
+    assert start.wait() == [EXIT_ABORTED] * 2
     assert time.monotonic() - begin < 3 + 20
     reason = failure(tmp_path)["reason"]
     place = rf"rank 1 \(.*, process \d+\), step 26, {phase}, hangs for \d+ s \(health.hang_timeout = 3\)"
@@ -66,6 +65,24 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path: Path, arguments: list[st
     assert re.match(r"rank 0 \(.*\), step \d+, \w+, does not answer any more", failure(tmp_path)["reason"])
     start.send(signal.SIGCONT, 0)
     assert start.wait() == [EXIT_ABORTED] * 2
+
+
+def fail_after_another(run: Path, errors: Path) -> None:
+    with errors.open("wb") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    with Watchdog(run, 0, 2, timeout=60):
+        (health_folder(run) / FAILURE).write_text('{"rank": 1, "reason": "rank 1 hangs"}')
+        raise ConnectionError("reset by peer")
+
+
+def test_a_rank_that_others_left_ends_as_they_do(tmp_path: Path) -> None:
+    """What their end does to it is no error of its own: the last line says why they left."""
+    health_folder(tmp_path).mkdir()
+    process = forked.process(fail_after_another, tmp_path, tmp_path / "errors")
+    process.join(60)
+    assert process.exitcode == EXIT_ABORTED
+    *_, error, reason = (tmp_path / "errors").read_text().splitlines()
+    assert (error, reason) == ("ConnectionError: reset by peer", "rank 0 ends at step 0, setup: rank 1 hangs")
 
 
 def test_a_rank_that_dies_is_named(tmp_path: Path, arguments: list[str]) -> None:
