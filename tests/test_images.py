@@ -21,7 +21,7 @@ from acn_scale.data import build_evaluation, build_stream
 from acn_scale.data.batch_plan import BatchPlan
 from acn_scale.data.decode import Box, Picture
 from acn_scale.data.images import CROPPING, random_box
-from acn_scale.data.samples import Batch
+from acn_scale.data.samples import Batch, Key
 from acn_scale.data.shards import ShardIndex
 from acn_scale.data.stream import Stream
 from acn_scale.errors import BadData, UserError
@@ -205,6 +205,19 @@ def test_erasing_is_drawn_from_the_sample_alone(photo_run: Callable[..., Config]
     assert ((share > 0.01) & (share < 0.4)).all(), "2 % to a third of the pixels, as timm has it"
     evaluation, _ = next(iter(build_evaluation(photo_run(random_erasing=1.0))))
     assert torch.equal(evaluation["images"], next(iter(build_evaluation(photo_run())))[0]["images"])
+
+
+def test_normalised_is_to_the_last_digits(photo_run: Callable[..., Config]) -> None:
+    """In loader processes, for evaluation, as on the device, for training."""
+    cfg = photo_run()
+    images = torch.arange(3 * 32 * 32).remainder(256).to(torch.uint8).view(1, 3, 32, 32)
+    mean, std = (torch.tensor(values).double().view(3, 1, 1) for values in (cfg.data.mean, cfg.data.std))
+    expected = (images.double() / 255 - mean) / std
+    here = build_evaluation(cfg).samples.decoder.collate([(images[0], 0)], [Key(0, 0, 0)])
+    there = build_stream(cfg).samples.decoder.finish({"images": images})
+    for batch in (here, there):
+        assert (batch["images"] - expected).abs().max() < 5e-7
+    assert torch.equal(here["images"], there["images"])
 
 
 def test_pixels_undo_the_normalisation(photo_run: Callable[..., Config]) -> None:

@@ -96,7 +96,7 @@ def _asked(evaluation: Evaluation) -> list[object]:
     index, decoder = evaluation.samples.index, evaluation.samples.decoder
     resize = decoder.cfg.evaluation_resize(decoder.model.image_size)
     images = [str(index.folder), index.fingerprint, index.info["classes"]]
-    return [*images, resize, decoder.mean.tolist(), decoder.std.tolist()]
+    return [*images, resize, decoder.mean, decoder.std]
 
 
 def _kept(path: Path, digest: str) -> list[np.ndarray]:
