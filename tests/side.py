@@ -13,7 +13,8 @@ from acn_scale.errors import UserError
 
 @contextmanager
 def side(log: Path, name: str, mebibytes: int, turns: int) -> Iterator[Callable[[], float]]:
-    """Holds so much, writes its name to the log at each turn, and is mistaken after so many."""
+    """Holds so much, writes its name to the log at each turn, and is mistaken after so many. Where it ends without an
+    error, it writes a dot."""
     held = torch.ones(mebibytes * 2**18)
 
     def measure() -> float:
@@ -24,6 +25,8 @@ def side(log: Path, name: str, mebibytes: int, turns: int) -> Iterator[Callable[
         return float(held[0])
 
     yield measure
+    with log.open("a") as file:
+        file.write(".")
 
 
 @contextmanager

@@ -69,6 +69,7 @@ def test_sides_take_turns_in_processes_of_their_own(tmp_path: Path) -> None:
         assert 200 < b.peak - a.peak < 400
         with pytest.raises(UserError, match="a: no more turns"):
             a.measure()
+    assert log.read_text() == "ababab.", "that b has no more turns is no error"
 
 
 def test_a_side_sees_as_many_gpus_as_it_has_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

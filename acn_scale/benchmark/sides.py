@@ -86,15 +86,21 @@ def _serve(connection: Connection, given: dict[str, str], threads: int, build: B
     torch.set_num_threads(threads)
     try:
         with build(*args) as measure:
-            while True:
-                connection.recv()
+            while _has_a_turn(connection):
                 connection.send((measure(), peak_memory(), ""))
-    except EOFError:
-        pass  # no more turns
     except UserError as error:
         connection.send((0.0, 0.0, str(error)))
     except Exception:
         traceback.print_exc()
+
+
+def _has_a_turn(connection: Connection) -> bool:
+    """Waits for it; at the end of the comparison there is none any more."""
+    try:
+        connection.recv()
+    except EOFError:
+        return False
+    return True
 
 
 def compare(sides: dict[str, Side], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
