@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from networks import vit as vit_config
 from ranks import Ranks
 from test_images import encoded, photo
 
+from acn_scale.config import ImageDataConfig
 from acn_scale.convert import read_model
 from acn_scale.convert.export import write_export
 from acn_scale.convert.network import Network
 from acn_scale.data import evaluation_of
 from acn_scale.data.image_files import ImageFiles
-from acn_scale.data.image_noise import CORRUPTIONS, image_noise
+from acn_scale.data.image_noise import CORRUPTIONS, ImageNoise, image_noise
 from acn_scale.downstream import corruptions
 from acn_scale.downstream.corruptions import ALEXNET, corrupted
 from acn_scale.downstream.image_sets import open_subject
@@ -35,31 +37,50 @@ os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # it would compile one of the c
 NOISES = ["gaussian_0.2", "salt_pepper_0.05", "shot_noise_3", "glass_blur_1", "fog_5", "impulse_noise_2"]
 
 
+def fifteen(folder: Path) -> tuple[Callable[..., torch.Tensor], ImageDataConfig]:
+    """Of so many equal images: what a model gets, given a noise; and their config."""
+    network = read_model(image_export(folder / "source", vit_config(image_size=32)))
+    where = folder / "same/kind 0"
+    where.mkdir(parents=True)
+    for number in range(15):
+        (where / f"{number:02d}.png").write_bytes(encoded(photo(32, 32), "PNG"))
+    data, files = network.card.images.data(str(where.parent)), ImageFiles(where.parent, "eval")
+
+    def images(noise: ImageNoise | None, **batches: int) -> torch.Tensor:
+        batches = {"batch_size": 15, "rank": 0, "world_size": 1} | batches
+        found = evaluation_of(data, network.card.model, noise=noise, files=files, **batches)
+        return torch.cat([batch["images"][counts] for batch, counts in found])
+
+    return images, data
+
+
 @pytest.mark.parametrize(
     ("name", "on"), [(name, "pixels") for name in NOISES] + [(name, "normalised") for name in NOISES[:2]]
 )
 def test_noise_is_of_the_sample_alone(tmp_path: Path, name: str, on: str) -> None:
     """In any batch, on any rank, in any pass. Equal images differ then; numpy's own generator is left as it was."""
-    source = image_export(tmp_path / "source", vit_config(image_size=32))
-    folder = tmp_path / "same/kind 0"
-    folder.mkdir(parents=True)
-    for number in range(15):
-        (folder / f"{number:02d}.png").write_bytes(encoded(photo(32, 32), "PNG"))
-    data = read_model(source).card.images.data(str(folder.parent))
-    model, noise, files = read_model(source).card.model, image_noise(name, on=on), ImageFiles(folder.parent, "eval")
+    images, noise = fifteen(tmp_path)[0], image_noise(name, on=on)
     before = np.random.get_state()[1].copy()
-
-    def images(batch_size: int, rank: int = 0, world_size: int = 1, change: Any = noise) -> torch.Tensor:
-        keys = {"batch_size": batch_size, "rank": rank, "world_size": world_size, "noise": change, "files": files}
-        return torch.cat([batch["images"][counts] for batch, counts in evaluation_of(data, model, **keys)])
-
-    whole = images(15)
-    assert torch.equal(images(1), whole)
-    assert torch.equal(torch.cat([images(8, rank, 2) for rank in range(2)]), whole)
+    whole = images(noise)
+    assert torch.equal(images(noise, batch_size=1), whole)
+    assert torch.equal(torch.cat([images(noise, batch_size=8, rank=rank, world_size=2) for rank in range(2)]), whole)
     assert np.array_equal(np.random.get_state()[1], before)
-    changed = whole - images(15, change=None)
+    changed = whole - images(None)
     assert changed.flatten(1).any(dim=1).all()
     assert len({image.numpy().tobytes() for image in whole}) == 15
+
+
+@pytest.mark.parametrize("on", ["pixels", "normalised"])
+def test_noise_is_put_where_it_says(tmp_path: Path, on: str) -> None:
+    """On pixels of 0..1, black and white in the model's numbers, or on these. The others stay what they are."""
+    images, data = fifteen(tmp_path)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    bounds = torch.tensor([0.0, 1.0] if on == "pixels" else [-1.0, 1.0]).view(2, 1, 1, 1, 1)
+    bounds = (bounds - mean) / std if on == "pixels" else bounds
+    off = [(images(image_noise("salt_pepper_0.5", on=on)) - value).abs() for value in (*bounds, images(None))]
+    salt, pepper, same = ((each < 1e-5).all(1).float().mean() for each in off)
+    assert (salt, pepper) == (pytest.approx(0.25, abs=0.02), pytest.approx(0.25, abs=0.02))
+    assert salt + pepper + same == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("on", ["pixels", "normalised"])
@@ -150,7 +171,8 @@ def passes_until(most: int, *arguments: Any) -> int:
 def test_corruptions_go_on_where_they_were_stopped(
     one_rank: Ranks, two_ranks: Ranks, imagenet_c: tuple, tmp_path: Path
 ) -> None:
-    """To the same file; with the corruptions that are done told before. Of other weights or images, all is anew."""
+    """To the same file; with the corruptions that are done told before. Of other weights, images or
+    statistics, all is anew."""
     source, partial = Path(imagenet_c[0]), tmp_path / "partial"
     result = source / "eval/1+corruptions.json"
     assert one_rank(passes_until, 75, *imagenet_c) == [75]
@@ -170,5 +192,10 @@ def test_corruptions_go_on_where_they_were_stopped(
     assert one_rank(passes_until, 75, *imagenet_c) == [5]
     other = read_model(source)
     other.model.head.linear.bias[3] = 0
-    write_export(other, source, "fp32")
-    assert one_rank(passes_until, 1, *imagenet_c) == [1]
+    images = other.card.images
+    card = other.card.model_copy(update={"images": images.model_copy(update={"std": [2 * std for std in images.std]})})
+    shutil.copytree(source / "eval", tmp_path / "done")
+    for each in (other, Network(read_model(source).model, card)):
+        shutil.copytree(tmp_path / "done", source / "eval", dirs_exist_ok=True)
+        write_export(each, source, "fp32")
+        assert one_rank(passes_until, 1, *imagenet_c) == [1]
