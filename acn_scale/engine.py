@@ -181,8 +181,8 @@ def train_step(
     phase("backward")
     with engine.averaging():
         _backward(engine, loss if fault is None else loss * torch.nan)  # what is not finite is dropped, on all ranks
+    phase("update")  # what comes now waits for a GPU's backward pass, and with it for the other ranks'
     norms = gradient_norms(engine) if measure_gradients and fault is None else None
-    phase("update")
     applied = _update(engine, edit)
     if not applied and fault is None and not engine.fp16_enabled():
         fault = "a gradient is not finite"

@@ -59,6 +59,9 @@ class Watchdog:
         if isinstance(error, Exception):
             self._failing = True
             self._blame(error)
+            if self.world_size > 1 and not isinstance(error, UserError | RunFailed):
+                traceback.print_exception(error)
+                self._end()  # leaving the process group would wait for what is under way in it
         else:
             self.beat(self.step, "end")
         self._over.set()
@@ -89,9 +92,8 @@ class Watchdog:
         while not self._over.wait(TICK):
             self._beat()
             self._print_stacks_when_asked()
-            failure = _read(self.folder / FAILURE)
-            if failure is not None and not self._over.is_set() and not self._failing:
-                self._end(failure)
+            if _read(self.folder / FAILURE) and not self._over.is_set() and not self._failing:
+                self._end()
             stuck = time.monotonic() - self.progress > self.timeout and self.phase != "reshape"
             found_at = (found_at or time.monotonic()) if stuck else None
             if stuck and (self.rank == 0 or time.monotonic() - found_at > GRACE):
@@ -129,11 +131,8 @@ class Watchdog:
         """Note the error that ends this rank, unless it is only what the death of another one looks like from here."""
         if isinstance(error, UserError | RunFailed):
             return self._fail(self.rank, str(error))
-        if failure := _read(self.folder / FAILURE):  # the job ends already, and the error is what that does here
-            traceback.print_exception(error)
-            self._end(failure)
         before = _heartbeats(self.folder)
-        if self.world_size > 1:
+        if self.world_size > 1 and not _read(self.folder / FAILURE):
             time.sleep(3 * TICK)
         now = _heartbeats(self.folder)
         for rank, beat in now.items():
@@ -142,7 +141,7 @@ class Watchdog:
                 return self._fail(rank, f"{_whereabouts(beat)} does not answer any more")
         mine = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid()}
         where = _whereabouts(mine | {"step": self.step, "phase": self.phase})
-        return self._fail(self.rank, f"{where}: {_in_words(error)}")
+        return self._fail(self.rank, f"{where} {_in_words(error)}")
 
     def _fail(self, rank: int, reason: str) -> None:
         """Write failure.json, which every rank looks for. The first one to write it is right."""
@@ -151,8 +150,9 @@ class Watchdog:
             file.write(content)
             log.error("%s", reason)
 
-    def _end(self, failure: dict[str, Any]) -> NoReturn:
+    def _end(self) -> NoReturn:
         """Without waiting for anything: the main thread may hang in a collective for ever."""
+        failure = _read(self.folder / FAILURE) or {"reason": "and no failure.json can be written"}
         log.error("rank %d ends at step %d, %s: %s", self.rank, self.step, self.phase, failure["reason"])
         for handler in logging.getLogger("acn_scale").handlers:
             handler.flush()

@@ -12,7 +12,8 @@ import forked
 from made import numbers_in
 
 PATIENCE = 120  # seconds for one start
-Hang = tuple[int, int, str]  # a rank, and the micro batch whose "data" or "backward" pass it never gets to the end of
+# A rank, and the micro batch whose "data" or "backward" pass it never gets to the end of, or ends with an "error".
+Hang = tuple[int, int, str]
 
 
 class Start:
@@ -78,6 +79,8 @@ def pretrain(arguments: Sequence[str], record: Path, rank: int, ranks: int, port
             time.sleep(1000)
         if hang == (rank, stream.taken, "backward"):
             torch.Tensor.backward = lambda *_, **__: time.sleep(1000)
+        if hang == (rank, stream.taken, "error"):
+            torch.Tensor.backward = lambda *_, **__: 1 / 0
         place, batch = stream.taken, take(stream)
         file.write(json.dumps([place, numbers_in(batch["images"])]).encode() + b"\n")
         return batch

@@ -45,8 +45,8 @@ def run_until(cfg: Config, step: int) -> None:
 def dying(step: int) -> Iterator[None]:
     """What runs in this dies in this step."""
 
-    class Died(Exception):
-        pass
+    class Died(BaseException):
+        """No error, which would end the test's own processes."""
 
     def dying_step(engine, *args, **keywords):
         if engine.global_steps == step - 1:

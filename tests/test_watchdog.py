@@ -55,6 +55,17 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, arguments: list[str], phase:
         assert "rank 1 (" in said(tmp_path / "record", rank)
 
 
+def test_an_error_ends_all_ranks_and_is_shown(tmp_path: Path, arguments: list[str]) -> None:
+    """Whole where it happened, by its name on the other rank, which waits in its backward pass."""
+    start = Start(arguments, tmp_path / "record", 2, hang=(1, 25, "error"))
+    assert start.wait() == [EXIT_ABORTED] * 2
+    assert re.match(r"rank 1 \(.*\), step 26, backward, ZeroDivisionError: ", failure(tmp_path)["reason"])
+    assert "Traceback" in said(tmp_path / "record", 1) and "killable.py" in said(tmp_path / "record", 1)
+    for rank in range(2):
+        last = said(tmp_path / "record", rank).strip().splitlines()[-1]
+        assert re.search(rf"rank {rank} ends at step 2\d, backward: rank 1 \(.*ZeroDivisionError", last)
+
+
 def test_a_rank_that_does_not_answer_is_named(tmp_path: Path, arguments: list[str]) -> None:
     """Stopped, it holds its connections, and nothing but its heartbeat tells."""
     start = Start(arguments, tmp_path / "record", 2)
@@ -89,9 +100,7 @@ def test_a_rank_that_dies_is_named(tmp_path: Path, arguments: list[str]) -> None
     start = Start(arguments, tmp_path / "record", 2)
     start.after(25)
     start.send(signal.SIGKILL, 1)
-    first, second = start.wait()
-    assert second == -signal.SIGKILL
-    assert first not in (0, None)
+    assert start.wait() == [EXIT_ABORTED, -signal.SIGKILL]
     assert re.match(r"rank 1 \(.*\), step \d+, \w+, does not answer any more", failure(tmp_path)["reason"])
     # The next start clears that away and goes on.
     assert Start(arguments, tmp_path / "record", 2).wait() == [0, 0]
